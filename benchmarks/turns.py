@@ -1,0 +1,174 @@
+"""Ours against a peer in one run: each side in a process of its own, by turns, medians, peak memory.
+
+Rows have the keys name, peer, precision, device, rate, peer_rate, ratio, peak_mib, peer_peak_mib, and what else a
+benchmark adds.
+"""
+
+import csv
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from datetime import date
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+DATA = Path(__file__).parent / "data"
+
+
+def run_worker(module: str, args: Sequence[str]) -> dict:
+    """Run `python -m module args` and read the JSON object on the last line it prints.
+
+    Raises SystemExit with the end of its output when it fails.
+    """
+    command = [sys.executable, "-m", module, *args]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def by_turns(module: str, sides: Sequence[str], args: Sequence[str], rounds: int) -> dict[str, list[dict]]:
+    """`rounds` results of each side, taken in turns so that a slow minute of the machine meets all of them."""
+    results: dict[str, list[dict]] = {side: [] for side in sides}
+    for turn in range(rounds):
+        order = sides if turn % 2 == 0 else sides[::-1]
+        for side in order:
+            results[side].append(run_worker(module, ["--worker", side, *args]))
+            print(f"  round {turn + 1}/{rounds} {side}: {results[side][-1]['rate']:.1f}/s", file=sys.stderr)
+    return results
+
+
+def row(name: str, peer: str, precision: str, results: dict[str, list[dict]], ours: str = "rook") -> dict:
+    """One comparison: medians of both sides; the ratio is the median of the ratios of each round."""
+
+    def median(side: str, key: str) -> float:
+        return statistics.median(r[key] for r in results[side])
+
+    ratios = [a["rate"] / b["rate"] for a, b in zip(results[ours], results[peer], strict=True)]
+    first = results[ours][0]
+    return {
+        "name": name,
+        "peer": peer,
+        "precision": precision,
+        "device": first["device"],
+        "rate": round(median(ours, "rate"), 2),
+        "peer_rate": round(median(peer, "rate"), 2),
+        "ratio": round(statistics.median(ratios), 3),
+        "peak_mib": round(median(ours, "peak_mib")),
+        "peer_peak_mib": round(median(peer, "peak_mib")),
+        "rounds": len(ratios),
+        "ratio_min": round(min(ratios), 3),
+        "ratio_max": round(max(ratios), 3),
+        **{k: v for k, v in first.items() if k not in ("rate", "peak_mib", "device", "losses")},
+    }
+
+
+def emit(rows: list[dict], *, csv_name: str | None, json_path: str | None) -> None:
+    """Print a table; append to benchmarks/data/<csv_name> and write JSON when asked."""
+    shown = ["name", "peer", "precision", "rate", "peer_rate", "ratio", "peak_mib", "peer_peak_mib"]
+    cells = [shown] + [[str(r[k]) for k in shown] for r in rows]
+    widths = [max(len(c[i]) for c in cells) for i in range(len(shown))]
+    for line in cells:
+        print("  ".join(c.ljust(w) if i < 3 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))))
+    if json_path:
+        Path(json_path).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    if csv_name:
+        append_csv(DATA / csv_name, [r | provenance() for r in rows])
+
+
+def append_csv(path: Path, rows: list[dict]) -> None:
+    """Append rows; when a row brings new columns the file is written again with them, old cells empty."""
+    old = list(csv.DictReader(path.open(encoding="utf-8"))) if path.is_file() else []
+    columns = list(dict.fromkeys(k for r in [*old, *rows] for k in r))
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows([*old, *rows])
+
+
+def provenance() -> dict[str, str]:
+    """Date, command, machine and versions of a measurement."""
+    versions = {}
+    for package in ("torch", "transformers", "sentence-transformers", "triton"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = ""
+    return {
+        "date": date.today().isoformat(),
+        "command": " ".join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
+        "cpu": cpu_name(),
+        "python": platform.python_version(),
+        **versions,
+    }
+
+
+def cpu_name() -> str:
+    """Model and the vector extensions that decide the matrix rate."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    flags = next((line.split(":")[1].split() for line in lines if line.startswith("flags")), [])
+    best = next((f for f in ("amx_bf16", "avx512_bf16", "avx512f", "avx2") if f in flags), "")
+    return f"{name} x{torch.get_num_threads()} {best}".strip()
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+class PeakMemory:
+    """Largest memory of this process while open, in MiB: resident on a CPU, allocated on CUDA.
+
+    `grown_mib` is the growth over what was resident at the start.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.mib = self.grown_mib = 0.0
+        self._stop = threading.Event()
+
+    def __enter__(self) -> "PeakMemory":
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        self._start = self.mib = resident_mib()
+        self._watch = threading.Thread(target=self._poll, daemon=True)
+        self._watch.start()
+        return self
+
+    def _poll(self) -> None:
+        while not self._stop.wait(0.02):
+            self.mib = max(self.mib, resident_mib())
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._watch.join()
+        if self.device.type == "cuda":
+            self.mib = self.grown_mib = torch.cuda.max_memory_allocated(self.device) / 2**20
+        else:
+            self.grown_mib = self.mib - self._start
+
+
+def resident_mib() -> float:
+    statm = Path("/proc/self/statm")
+    if statm.is_file():
+        return int(statm.read_text().split()[1]) * 4096 / 2**20
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def clock() -> float:
+    return time.perf_counter()

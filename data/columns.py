@@ -1,0 +1,332 @@
+"""What the columns of a row mean, and a row as an Example.
+
+Understood without a mapping: the names in QUERY, POSITIVE and NEGATIVE, which cover plain (query,
+positive, negative) files, sentence-transformers, FlagEmbedding and Tevatron. Any other name is
+given in data.columns={ours: theirs}; an empty name there means "not used".
+"""
+
+import difflib
+import logging
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from conf.schema import SourceConfig
+from data.records import Example, as_id, as_score, join_title, kind_of, short, text_problem
+from data.tables import looks_like_names, positional_names
+
+log = logging.getLogger(__name__)
+
+QUERY = ("query", "anchor", "question")
+POSITIVE = ("positive", "positives", "pos", "positive_passages")
+# taken for positives only where no column of POSITIVE is there and just one of these
+POSITIVE_WEAK = ("passage", "document", "answer", "context", "response")
+NEGATIVE = ("negative", "negatives", "neg", "negative_passages", "hard_negative", "hard_negatives")
+ROW_SCORE = ("score", "relevance", "grade")
+EXTRA = {
+    "id": ("query_id", "query-id", "qid", "_id", "id"),
+    "positive_id": ("positive_id", "positive_ids", "pos_id", "pos_ids"),
+    "negative_id": ("negative_id", "negative_ids", "neg_id", "neg_ids"),
+    "positive_scores": ("positive_scores", "pos_scores"),
+    "negative_scores": ("negative_scores", "neg_scores"),
+}
+ROLES = ("query", "positive", "negative", "score", *EXTRA)
+
+
+class ColumnError(ValueError):
+    """Columns that cannot be read; becomes a bad row (JSONL) or an error of the file."""
+
+    def __init__(self, expected: str, found: str) -> None:
+        super().__init__(f"expected {expected}, found {found}")
+        self.expected = expected
+        self.found = found
+
+
+@dataclass
+class Layout:
+    """Which columns play which role."""
+
+    query: str
+    positives: list[str]
+    negatives: list[str]
+    score: str | None = None
+    extra: dict[str, str] = field(default_factory=dict)
+    filtered: list[str] = field(default_factory=list)
+
+    def needed(self) -> list[str]:
+        score = [self.score] if self.score else []
+        names = [
+            self.query,
+            *self.positives,
+            *self.negatives,
+            *score,
+            *self.extra.values(),
+            *self.filtered,
+        ]
+        return list(dict.fromkeys(names))
+
+
+def check_mapping(source: SourceConfig) -> None:
+    for role in source.columns:
+        if role not in ROLES and not re.fullmatch(r"(positive|negative)_\d+", role):
+            near = difflib.get_close_matches(role, ROLES, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ValueError(
+                f"data.columns has {role!r}; known: {', '.join(ROLES)}, positive_<n>,"
+                f" negative_<n>{hint} (write ours: theirs, e.g. {{query: premise, positive: text}})"
+            )
+
+
+def _numbered(names: Sequence[str], bases: Sequence[str]) -> list[str]:
+    """Columns base, base_1, base_2, ... in the order of their numbers."""
+    found = []
+    for name in names:
+        base, _, number = name.lower().rpartition("_")
+        if name.lower() in bases:
+            found.append((-1, name))
+        elif base in bases and number.isdigit():
+            found.append((int(number), name))
+    return [name for _, name in sorted(found, key=lambda f: f[0])]
+
+
+def layout_of(columns: Sequence[str], source: SourceConfig) -> Layout:
+    """Roles of `columns` after data.columns and data.filter. Raises ColumnError."""
+    listed = f"columns {', '.join(columns)}" if columns else "no columns"
+    for role, name in source.columns.items():
+        if name and name not in columns:
+            raise ColumnError(f"a column {name!r} (data.columns.{role})", listed)
+    for name in source.filter:
+        if name not in columns:
+            raise ColumnError(f"a column {name!r} (data.filter)", listed)
+    taken = set(source.columns.values()) | set(source.filter)
+    free = [c for c in columns if c not in taken]
+
+    query = source.columns.get("query") or _only(
+        "query", [c for c in free if c.lower() in QUERY], listed
+    )
+    if not query:
+        raise ColumnError(
+            f"a query column ({', '.join(QUERY)}, or data.columns={{query: <name>}})", listed
+        )
+    positives = _mapped(source, "positive")
+    if positives is None:
+        positives = _one_family("positive", _numbered(free, POSITIVE), listed)
+        if not positives:
+            weak = [c for c in free if c.lower() in POSITIVE_WEAK]
+            positives = [_only("positive", weak, listed)] if weak else []
+    if not positives:
+        names = ", ".join((*POSITIVE, *POSITIVE_WEAK))
+        raise ColumnError(
+            f"a positive column ({names}, or data.columns={{positive: <name>}})", listed
+        )
+    negatives = _mapped(source, "negative")
+    if negatives is None:
+        negatives = _one_family("negative", _numbered(free, NEGATIVE), listed)
+
+    extra = {}
+    for role, names in EXTRA.items():
+        name = source.columns.get(role)
+        if name is None:
+            name = next((c for known in names for c in free if c.lower() == known), "")
+        if name:
+            extra[role] = name
+    score = source.columns.get("score")
+    if score is None:
+        score = _only("score", [c for c in free if c.lower() in ROW_SCORE], listed)
+        if not score and "label" in free:
+            raise ColumnError(
+                "to be told what column 'label' is: data.filter={label: <value>} keeps those rows,"
+                " data.columns={score: label} reads it as relevance,"
+                " data.columns={score: ''} leaves it unused",
+                listed,
+            )
+    return Layout(query, positives, negatives, score or None, extra, list(source.filter))
+
+
+def _mapped(source: SourceConfig, role: str) -> list[str] | None:
+    """Columns that data.columns gives for role, role_1, role_2, ...; None where it gives none."""
+    names = _numbered(list(source.columns), (role,))
+    return [source.columns[n] for n in names if source.columns[n]] if names else None
+
+
+def _only(role: str, names: list[str], listed: str) -> str:
+    if len(names) > 1:
+        choice = " and ".join(repr(n) for n in names)
+        raise ColumnError(
+            f"one {role} column (set data.columns={{{role}: <name>}})", f"{choice} among {listed}"
+        )
+    return names[0] if names else ""
+
+
+def _one_family(role: str, names: list[str], listed: str) -> list[str]:
+    """Lets positive, positive_1, positive_2 through, but not positive beside pos."""
+    families = {re.sub(r"_\d+$", "", n.lower()) for n in names}
+    if len(families) > 1:
+        _only(role, names, listed)
+    return names
+
+
+def header_rule(source: SourceConfig, path: str, fields: list[str]) -> list[str] | None:
+    """Column names of a TSV or CSV whose first row is `fields`; None: no header, names by position.
+
+    A mapping to numbers ({query: "0", positive: "3"}) says that there is no header.
+    """
+    by_number = [name for name in source.columns.values() if name.isdigit()]
+    if by_number and not all(name in fields for name in by_number):
+        return [str(i) for i in range(len(fields))]
+    known = [c for c in fields if c.lower() in QUERY]
+    answer = _numbered(fields, POSITIVE) or [c for c in fields if c.lower() in POSITIVE_WEAK]
+    if any(source.columns.values()) or source.filter or (known and answer):
+        repeated = sorted({f for f in fields if fields.count(f) > 1})
+        if repeated:
+            raise ValueError(
+                f"{path}:1: expected distinct column names, found {', '.join(repeated)} twice"
+            )
+        return fields
+    by_position = "data.columns={query: '0', positive: '1'} gives columns of a file without header"
+    if known or answer or looks_like_names(fields):
+        raise ValueError(
+            f"{path}:1: expected a header with a query and a positive column, or text,"
+            f" found {short(fields, 120)}; set data.columns={{query: <name>, positive: <name>}};"
+            f" {by_position}"
+        )
+    if len(fields) < 2:
+        raise ValueError(
+            f"{path}:1: expected at least 2 fields (query, positive), found 1: {short(fields[0])}"
+        )
+    if len(set(fields)) < len(fields) or any(as_score(f) is not None for f in fields):
+        raise ValueError(
+            f"{path}:1: expected a header or texts alone (query, positive, negative...),"
+            f" found {short(fields, 120)}; {by_position}"
+        )
+    log.info("%s: no header; columns are %s", path, ", ".join(positional_names(len(fields))))
+    return None
+
+
+def matches(value: Any, wanted: Any) -> bool:
+    """Whether a cell equals a value of data.filter; text cells are compared as what they spell."""
+    if isinstance(wanted, list | tuple):
+        return any(matches(value, w) for w in wanted)
+    if isinstance(value, bool) or isinstance(wanted, bool):
+        return str(value).lower() == str(wanted).lower()
+    if value == wanted:
+        return True
+    if (
+        isinstance(value, str) != isinstance(wanted, str)
+        and value is not None
+        and wanted is not None
+    ):
+        number, other = as_score(value), as_score(wanted)
+        return number is not None and number == other
+    return False
+
+
+def read_row(row: dict[str, Any], layout: Layout, where: str, *, is_text: bool) -> Example:
+    """The Example of one row. Raises ColumnError.
+
+    is_text  the row comes from TSV or CSV: an empty cell stands for a missing value
+    """
+    query = row[layout.query]
+    problem = text_problem(query)
+    if problem is not None:
+        raise ColumnError(f"{layout.query!r} to be text that is not empty", problem)
+    positives, positive_ids = _passages(row, layout.positives, is_text=is_text)
+    if not positives:
+        raise ColumnError(f"a passage in {' or '.join(layout.positives)}", "none")
+    negatives, negative_ids = _passages(row, layout.negatives, is_text=is_text)
+    extra = layout.extra
+    query_id = where
+    if "id" in extra and row[extra["id"]] is not None:
+        given = as_id(row[extra["id"]])
+        if given is None:
+            raise ColumnError(
+                f"{extra['id']!r} to be text or a whole number", kind_of(row[extra["id"]])
+            )
+        query_id = given
+    if "positive_id" in extra:
+        positive_ids = _ids(row, extra["positive_id"], len(positives)) or positive_ids
+    if "negative_id" in extra:
+        negative_ids = _ids(row, extra["negative_id"], len(negatives)) or negative_ids
+    positive_scores = _scores(row, extra.get("positive_scores"), len(positives))
+    negative_scores = _scores(row, extra.get("negative_scores"), len(negatives))
+    if layout.score is not None and positive_scores is None:
+        value = row[layout.score]
+        if isinstance(value, list) and len(value) == len(positives) + len(negatives):
+            scores = _scores(row, layout.score, len(value))
+            assert scores is not None
+            positive_scores, negative_scores = scores[: len(positives)], scores[len(positives) :]
+        elif value is not None and value != "":
+            positive_scores = _scores(row, layout.score, len(positives))
+    return Example(
+        query=query,
+        positives=positives,
+        negatives=negatives,
+        where=where,
+        id=query_id,
+        positive_ids=positive_ids,
+        negative_ids=negative_ids,
+        positive_scores=positive_scores,
+        negative_scores=negative_scores,
+    )
+
+
+def _passages(
+    row: dict[str, Any], columns: Sequence[str], *, is_text: bool
+) -> tuple[list[str], list[str] | None]:
+    """(texts, ids or None) of all `columns`; a cell is a text, a passage object or a list of these.
+
+    A null, and in TSV and CSV an empty cell, holds no passage.
+    """
+    texts: list[str] = []
+    ids: list[str | None] = []
+    for name in columns:
+        value = row[name]
+        if value is None or (is_text and value == ""):
+            continue
+        for item in value if isinstance(value, list) else [value]:
+            given = None
+            if isinstance(item, dict):
+                item, given = _passage_object(item, name)
+            problem = text_problem(item)
+            if problem is not None:
+                raise ColumnError(f"{name!r} to hold text that is not empty", problem)
+            texts.append(item)
+            ids.append(given)
+    known = [i for i in ids if i is not None]
+    return texts, known if known and len(known) == len(ids) else None
+
+
+def _passage_object(item: dict[str, Any], name: str) -> tuple[Any, str | None]:
+    """(text, id) of a passage object as Tevatron writes it: docid, title, text."""
+    if "text" not in item:
+        raise ColumnError(
+            f"objects in {name!r} with a field 'text'", f"fields {', '.join(item) or '(none)'}"
+        )
+    text, title = item["text"], item.get("title")
+    if isinstance(title, str) and isinstance(text, str):
+        text = join_title(title, text)
+    given = next(
+        (item[key] for key in ("docid", "doc_id", "_id", "id") if item.get(key) is not None), None
+    )
+    return text, as_id(given) if given is not None else None
+
+
+def _ids(row: dict[str, Any], name: str, wanted: int) -> list[str] | None:
+    value = row[name]
+    if value is None or value == "":
+        return None
+    ids = [as_id(v) for v in (value if isinstance(value, list) else [value])]
+    if len(ids) != wanted or None in ids:
+        raise ColumnError(f"{wanted} ids in {name!r}, one a passage", kind_of(value))
+    return [i for i in ids if i is not None]
+
+
+def _scores(row: dict[str, Any], name: str | None, wanted: int) -> list[float] | None:
+    if name is None or row[name] is None or row[name] == "":
+        return None
+    value = row[name]
+    scores = [as_score(v) for v in (value if isinstance(value, list) else [value])]
+    if len(scores) != wanted or None in scores:
+        raise ColumnError(f"{wanted} finite numbers in {name!r}, one a passage", kind_of(value))
+    return [s for s in scores if s is not None]

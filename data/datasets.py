@@ -1,0 +1,577 @@
+"""The data of a run: every data set read, split, tokenised and indexed once, then opened from the cache by content.
+
+A data set's folder in the cache (set-<digest>) holds the training examples as texts and index vectors, the held-out
+retrieval sets, and what was found on the way: bad rows, how it was split, what leaks between the splits.
+"""
+
+# Shapes: E examples, P (example, passage) pairs, Q queries and G judgements of a retrieval set
+
+import logging
+from array import array
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from conf.schema import DataConfig, SourceConfig
+from data.batches import Ragged, TrainSet, TrainStore
+from data.cache import Strings, StringsWriter, built_once, digest_of, file_digest
+from data.formats import (
+    BadRows,
+    Example,
+    RetrievalSet,
+    available_splits,
+    content_hash,
+    detect,
+    read_examples,
+    read_retrieval_set,
+    resolve_split,
+    retrieval_set,
+)
+from data.pydocs import read_pydocs, sources_digest
+from data.records import HashIndex
+from data.splits import SPLITS, leakage_report, split_examples
+from data.tokens import TokenStore, open_token_store
+from data.toy import TOY_VERSION, toy_examples
+
+log = logging.getLogger(__name__)
+
+INDEX_VERSION = 1  # raise it when the same files and settings would give another folder
+MAX_LEAKAGE_EXAMPLES = 200_000  # training examples compared with the held-out ones; 10 microseconds a text each
+_ENDINGS = frozenset(".jsonl .ndjson .json .tsv .csv .parquet .arrow .gz".split())
+
+
+class Spec(Protocol):
+    """What of models.towers.TowerSpec is needed here."""
+
+    query_prompt: str
+    passage_prompt: str
+    prompt_in_pooling: bool
+    max_query_length: int
+    max_passage_length: int
+
+
+@dataclass
+class Data:
+    """What a run trains and is judged on.
+
+    dev, test  retrieval sets by name: "dev" and "test", with several data sets the names of those. The first is the one
+               to judge by; Python sources add "test-all", the test questions among the passages of every split.
+    prompts    (query, passage) prompt of each retrieval set, None for the model's own
+    report     sizes, bad rows, splits and leakage, ready for JSON
+    """
+
+    train: TrainStore
+    dev: dict[str, RetrievalSet]
+    test: dict[str, RetrievalSet]
+    prompts: dict[str, tuple[str | None, str | None]]
+    report: dict[str, Any]
+
+
+def open_data(
+    c: DataConfig,
+    spec: Spec,
+    tokenizer_query: Tokenizer,
+    tokenizer_passage: Tokenizer,
+    *,
+    seed: int = 0,
+    vocab_size: int | None = None,
+) -> Data:
+    """Read and tokenise the data of `c`, or open what an earlier run left in c.cache_dir for the same content.
+
+    spec        prompts and maximum lengths of the model
+    tokenizers  with truncation and padding off
+    seed        of the choice of data.max_examples
+    vocab_size  rows of the model's embedding table; None: not checked
+    Raises ValueError for anything wrong with the data or its settings.
+    """
+    sources = c.sets or {"": c}
+    train_sets, dev, test, prompts, reports = [], {}, {}, {}, {}
+    for name, source in sources.items():
+        folder, info = _open_set(name, source, c)
+        train_sets.append(_train_set(folder, info, name, source, c, spec, (tokenizer_query, tokenizer_passage), vocab_size))
+        for key, stored in info["sets"].items():
+            split, _, extra = key.partition("-")
+            label = (name or split) + (f"-{extra}" if extra else "")
+            found = _load_set(folder, stored, label)
+            (dev if split == "dev" else test)[label] = _limited(found, c) if split == "dev" else found
+            prompts[label] = (source.query_prompt, source.passage_prompt)
+        reports[name or "data"] = info["report"]
+    store = TrainStore(train_sets, mix=c.mix, mix_temperature=c.mix_temperature)
+    if c.max_examples is not None and c.max_examples < store.num_examples:
+        store = TrainStore(
+            train_sets, mix=c.mix, mix_temperature=c.mix_temperature,
+            kept=_kept(store.sizes, c.max_examples, seed),
+        )  # fmt: skip
+    report = {"train_examples": store.num_examples, "data_sets": reports}
+    log.info(
+        "data: %s training examples; %s",
+        f"{store.num_examples:,}",
+        "; ".join(
+            f"{split} {label}: {len(s.query_ids):,} queries, {len(s.doc_ids):,} passages"
+            for split, sets in (("dev", dev), ("test", test))
+            for label, s in sets.items()
+        ),
+    )
+    return Data(store, dev, test, prompts, report)
+
+
+# -- one data set -------------------------------------------------------------------------------
+
+
+def _open_set(name: str, source: SourceConfig, c: DataConfig) -> tuple[Path, dict[str, Any]]:
+    cache_dir = Path(c.cache_dir)
+    content = _content_digest(source)
+    key = digest_of(
+        INDEX_VERSION, content, source.root, source.format, source.columns, source.filter,
+        (source.train_split, source.dev_split, source.test_split),
+        (c.dev_fraction, c.test_fraction, c.split_seed), c.eval_corpus, c.on_bad_row,
+    )  # fmt: skip
+    folder = cache_dir / f"set-{key}"
+    list_path = cache_dir / f"bad_rows-{key}.jsonl"
+    shown = name or source.root or source.format
+    info = built_once(folder, lambda f: _build(f, source, c, list_path), what=f"index of {shown}")
+    bad = info["report"]["bad_rows"]
+    if bad["count"]:
+        log.warning("%s: %d bad rows left out, listed in %s", shown, bad["count"], bad["file"])
+    return folder, info
+
+
+def _content_digest(source: SourceConfig) -> str:
+    """Of everything that reading the source depends on, its settings left out."""
+    if source.format == "toy":
+        return f"toy {TOY_VERSION}"
+    if source.format == "pydocs":
+        return sources_digest(source.root)
+    if source.root and (path := Path(source.root).expanduser()).exists():
+        files = [path] if path.is_file() else sorted(_data_files(path))
+        return digest_of([(str(f.relative_to(path)), file_digest(f, full=True)) for f in files])
+    if source.format == "hub" and source.root:
+        return _hub_commit(source.root)
+    detect(str(source.root or ""))  # raises, saying what is missing
+    raise AssertionError
+
+
+def _data_files(folder: Path) -> Iterator[Path]:
+    for depth in ("*", "*/*"):
+        yield from (p for p in folder.glob(depth) if p.is_file() and p.suffix.lower() in _ENDINGS)
+
+
+def _hub_commit(root: str) -> str:
+    """The commit a hub id stands for now."""
+    name = root.partition(":")[0]
+    try:
+        from huggingface_hub import HfApi
+
+        return str(HfApi().dataset_info(name).sha)
+    except Exception as e:  # no package, no network, no such data set
+        raise ValueError(
+            f"data.root={root} is no file or folder here, and the hub does not answer for it ({type(e).__name__}: {e});"
+            " check the id and the network, or give a local copy"
+        ) from e
+
+
+def _build(folder: Path, source: SourceConfig, c: DataConfig, list_path: Path) -> dict[str, Any]:
+    list_path.unlink(missing_ok=True)
+    with BadRows(c.on_bad_row, list_path) as bad:
+        writer = _Writer(folder)
+        if source.format in ("toy", "pydocs"):
+            sets, split_info = _made_sets(source, c, writer)
+        else:
+            sets, split_info = _read_sets(source, c, writer, bad)
+        sizes = writer.close()
+    if c.eval_corpus == "all" and not _is_beir(source):
+        sets = {key: _with_all_passages(s, folder, sets) for key, s in sets.items() if "-" not in key}
+    leakage = leakage_report({"train": _examples(folder), **{k: _judged(s) for k, s in sets.items() if "-" not in k}})
+    if sizes["examples"] > MAX_LEAKAGE_EXAMPLES:
+        leakage["train_examples_compared"] = MAX_LEAKAGE_EXAMPLES
+    report = {
+        "root": source.root,
+        "format": source.format,
+        "train": sizes,
+        **{k: {"queries": len(s.query_ids), "passages": len(s.doc_ids)} for k, s in sets.items()},
+        "bad_rows": {"count": bad.count, "first": bad.first, "file": str(list_path) if bad.count else None},
+        "split": split_info,
+        "leakage": leakage,
+    }
+    return {"sets": _save_sets(folder, sets), "report": report, **_digests(writer)}
+
+
+def _digests(writer: "_Writer") -> dict[str, Any]:
+    return {"digests": writer.digests}
+
+
+def _is_beir(source: SourceConfig) -> bool:
+    return source.format == "beir" or (source.format == "auto" and detect(str(source.root)) == "beir")
+
+
+def _made_sets(
+    source: SourceConfig, c: DataConfig, writer: "_Writer"
+) -> tuple[dict[str, RetrievalSet], dict[str, Any]]:
+    """Python sources and the toy set: splits of their own."""
+    if source.format == "toy":
+        by_split = {split: toy_examples(split) for split in SPLITS}
+        info: dict[str, Any] = {"method": "as made", "rows": {s: len(e) for s, e in by_split.items()}}
+    else:
+        docs = read_pydocs(source.root, cache_dir=c.cache_dir)
+        by_split = {split: docs.examples(split) for split in SPLITS}
+        info = {"method": "by module", **docs.report}
+    for example in by_split["train"]:
+        writer.add(example)
+    sets = {split: retrieval_set(iter(by_split[split]), split) for split in ("dev", "test")}
+    if source.format == "pydocs":
+        everything = retrieval_set((e for s in SPLITS for e in by_split[s]), "test-all")
+        test = sets["test"]
+        sets["test-all"] = replace(everything, query_ids=test.query_ids, query_texts=test.query_texts, qrels=test.qrels)
+    return sets, info
+
+
+def _read_sets(
+    source: SourceConfig, c: DataConfig, writer: "_Writer", bad: BadRows
+) -> tuple[dict[str, RetrievalSet], dict[str, Any]]:
+    """Files and hub data: the splits that are there, the others held out of the training rows."""
+    own = _own_splits(source)
+    fractions = {"dev": c.dev_fraction, "test": c.test_fraction}
+    missing = [s for s in ("dev", "test") if own[s] is None and fractions[s] > 0]
+    info: dict[str, Any] = {"own": own}
+    if not missing:
+        for example in read_examples(source, own["train"], bad):
+            writer.add(example)
+        held: dict[str, list[Example]] = {}
+    else:
+        assignment = split_examples(
+            read_examples(source, own["train"], bad),
+            dev_fraction=fractions["dev"] if "dev" in missing else 0.0,
+            test_fraction=fractions["test"] if "test" in missing else 0.0,
+            seed=c.split_seed,
+        )
+        info.update(assignment.info)
+        held = {s: [] for s in missing}
+        rows = 0
+        for row, example in enumerate(read_examples(source, own["train"], bad)):
+            rows = row + 1
+            split = SPLITS[assignment.split_R[row]] if row < len(assignment.split_R) else None
+            if split == "train":
+                writer.add(example)
+            elif split is not None:
+                held[split].append(example)
+        if rows != len(assignment.split_R):
+            raise ValueError(f"data.root={source.root} changed while it was read: {len(assignment.split_R)} rows, then"
+                             f" {rows}; start again")  # fmt: skip
+    sets = {}
+    for split in ("dev", "test"):
+        if own[split] is not None:
+            sets[split] = read_retrieval_set(source, own[split], bad, name=split)
+        elif held.get(split):
+            sets[split] = _held_out(source, own["train"], held[split], split, bad)
+        else:
+            log.warning("%s: no %s queries (set data.%s_fraction, or give a %s split)", source.root, split, split, split)
+    return sets, info
+
+
+def _own_splits(source: SourceConfig) -> dict[str, str | None]:
+    """The data's names for train, dev and test; None for a split it does not have."""
+    there = available_splits(source)
+    own: dict[str, str | None] = {}
+    if not there:
+        return dict.fromkeys(SPLITS)
+    for split, asked in zip(SPLITS, (source.train_split, source.dev_split, source.test_split), strict=True):
+        try:
+            own[split] = resolve_split(source, asked)
+        except ValueError:
+            if asked != split or split == "train":  # a split the user named, or one that there must be
+                raise ValueError(
+                    f"data.root={source.root} has no split {asked!r} to take for {split}; it has {', '.join(there)};"
+                    f" set data.{split}_split"
+                ) from None
+            own[split] = None
+    for split in ("dev", "test"):
+        if own[split] == own["train"]:  # train_split=test: the rest is held out of it
+            own[split] = None
+    if own["dev"] is not None and own["dev"] == own["test"]:
+        raise ValueError(f"data.dev_split and data.test_split are both {own['dev']!r}; dev chooses, test judges")
+    return own
+
+
+def _held_out(
+    source: SourceConfig, train_split: str | None, held: list[Example], name: str, bad: BadRows
+) -> RetrievalSet:
+    if not _is_beir(source):
+        return retrieval_set(iter(held), name, bad)
+    whole = read_retrieval_set(source, train_split, bad, name=name)
+    chosen = {e.id for e in held}
+    rows = [i for i, q in enumerate(whole.query_ids) if q in chosen]
+    query_ids = [whole.query_ids[i] for i in rows]
+    return replace(
+        whole,
+        query_ids=query_ids,
+        query_texts=[whole.query_texts[i] for i in rows],
+        qrels={q: whole.qrels[q] for q in query_ids},
+    )
+
+
+def _with_all_passages(one: RetrievalSet, folder: Path, sets: dict[str, RetrievalSet]) -> RetrievalSet:
+    """data.eval_corpus=all: the set's own passages, then those of training and of the other sets."""
+    seen = {content_hash(t) for t in one.doc_texts}
+    taken = set(one.doc_ids)
+    ids, texts = list(one.doc_ids), list(one.doc_texts)
+    others = (t for s in sets.values() if s is not one for t in s.doc_texts)
+    for pool in (Strings(folder, "passages"), others):
+        for text in pool:
+            key = content_hash(text)
+            if key in seen:
+                continue
+            seen.add(key)
+            new = f"all{len(ids)}"
+            while new in taken:
+                new += "_"
+            taken.add(new)
+            ids.append(new)
+            texts.append(text)
+    return replace(one, doc_ids=ids, doc_texts=texts)
+
+
+# -- training examples on disk ------------------------------------------------------------------
+
+
+class _Side:
+    """Distinct texts of one side in order of appearance."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self._folder, self._name = folder, name
+        self._writer = StringsWriter(folder, name)
+        self._numbers = HashIndex()
+        self._hashes = array("q")
+
+    def __len__(self) -> int:
+        return len(self._writer)
+
+    def add(self, text: str) -> int:
+        key = content_hash(text)
+        number = self._numbers.add(key, len(self._writer))
+        if number is None:
+            number = self._writer.append(text)
+            self._hashes.append(key)
+        return number
+
+    def close(self) -> str:
+        np.save(self._folder / f"{self._name}.hash.npy", np.array(self._hashes, np.int64))
+        return self._writer.close()
+
+
+class _Writer:
+    """Streams examples into a folder; in memory 30 to 50 bytes a distinct text and 8 a pair."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._queries, self._passages = _Side(folder, "queries"), _Side(folder, "passages")
+        self._labels = StringsWriter(folder, "labels")
+        self._query_E = array("q")
+        self._positives, self._negatives = array("q"), array("q")
+        self._positive_ends, self._negative_ends = array("q", [0]), array("q", [0])
+        self._num_own = 0
+        self.digests: dict[str, str] = {}
+
+    def add(self, example: Example) -> None:
+        self._query_E.append(self._queries.add(example.query))
+        positives = dict.fromkeys(self._passages.add(t) for t in example.positives)
+        assert positives, example
+        self._positives.extend(positives)
+        self._positive_ends.append(len(self._positives))
+        self._negatives.extend(dict.fromkeys(self._passages.add(t) for t in example.negatives))
+        self._negative_ends.append(len(self._negatives))
+        same = example.id == example.where
+        self._labels.append(example.id if same else f"{example.id} ({example.where})")
+
+    def close(self) -> dict[str, int]:
+        """Sizes. Negatives that answer their query somewhere in the data are left out here, and counted."""
+        if not self._query_E:
+            raise ValueError("the training split has no examples")
+        query_E, positives, negatives = (
+            np.array(a, np.int64) for a in (self._query_E, self._positives, self._negatives)
+        )
+        positive_ends, negative_ends = np.array(self._positive_ends), np.array(self._negative_ends)
+        num_passages = max(1, len(self._passages))
+
+        def keys(passages: np.ndarray, ends: np.ndarray) -> np.ndarray:
+            return np.repeat(query_E, np.diff(ends)) * num_passages + passages
+
+        is_answer = np.isin(keys(negatives, negative_ends), keys(positives, positive_ends))
+        kept_before = np.concatenate([[0], np.cumsum(~is_answer)])
+        arrays = {
+            "query_E": query_E,
+            "positive_ends": positive_ends,
+            "positives": positives,
+            "negative_ends": kept_before[negative_ends],
+            "negatives": negatives[~is_answer],
+        }
+        for name, values in arrays.items():
+            np.save(self._folder / f"{name}.npy", values)
+        sizes = {
+            "examples": len(query_E),
+            "queries": len(self._queries),
+            "passages": len(self._passages),
+            "positives": len(positives),
+            "negatives": int((~is_answer).sum()),
+            "negatives_that_are_positives": int(is_answer.sum()),
+        }
+        if is_answer.any():
+            log.warning("%s negatives are positives of the same query and are left out", f"{int(is_answer.sum()):,}")
+        self.digests = {"queries": self._queries.close(), "passages": self._passages.close()}
+        self._labels.close()
+        return sizes
+
+
+def _examples(folder: Path) -> Iterator[Example]:
+    """The training examples of a finished folder, MAX_LEAKAGE_EXAMPLES of them at most, evenly spread."""
+    queries, passages, labels = (Strings(folder, n) for n in ("queries", "passages", "labels"))
+    query_E, positives, negatives = _index_arrays(folder)
+    num = len(query_E)
+    for e in np.unique(np.linspace(0, num - 1, min(num, MAX_LEAKAGE_EXAMPLES)).astype(np.int64)):
+        row = np.array([e])
+        yield Example(
+            query=queries[query_E[e]],
+            positives=[passages[p] for p in positives.take(row)[0]],
+            negatives=[passages[p] for p in negatives.take(row)[0]],
+            where=labels[e],
+            id=labels[e],
+        )
+
+
+def _index_arrays(folder: Path) -> tuple[np.ndarray, Ragged, Ragged]:
+    def array_of(name: str) -> np.ndarray:
+        return np.load(folder / f"{name}.npy")
+
+    return (
+        array_of("query_E"),
+        Ragged(array_of("positive_ends"), array_of("positives")),
+        Ragged(array_of("negative_ends"), array_of("negatives")),
+    )
+
+
+def _train_set(
+    folder: Path,
+    info: dict[str, Any],
+    name: str,
+    source: SourceConfig,
+    c: DataConfig,
+    spec: Spec,
+    tokenizers: tuple[Tokenizer, Tokenizer],
+    vocab_size: int | None,
+) -> TrainSet:
+    query_prompt = spec.query_prompt if source.query_prompt is None else source.query_prompt
+    passage_prompt = spec.passage_prompt if source.passage_prompt is None else source.passage_prompt
+
+    def tokens(side: str, tokenizer: Tokenizer, prompt: str, max_length: int) -> TokenStore:
+        texts = Strings(folder, side)
+        return open_token_store(
+            lambda: texts,
+            num_texts=len(texts),
+            texts_digest=info["digests"][side],
+            tokenizer=tokenizer,
+            prompt=prompt,
+            max_length=max_length,
+            cache_dir=c.cache_dir,
+            vocab_size=vocab_size,
+            what=f"{side} of {name}" if name else side,
+        )
+
+    queries = tokens("queries", tokenizers[0], query_prompt, spec.max_query_length)
+    passages = tokens("passages", tokenizers[1], passage_prompt, spec.max_passage_length)
+    query_E, positives, negatives = _index_arrays(folder)
+    return TrainSet(
+        name=name,
+        queries=queries,
+        passages=passages,
+        query_E=query_E,
+        positives=positives,
+        negatives=negatives,
+        query_hash=np.load(folder / "queries.hash.npy"),
+        passage_hash=np.load(folder / "passages.hash.npy"),
+        labels=Strings(folder, "labels"),
+        weight=source.weight,
+        query_skip=0 if spec.prompt_in_pooling else queries.num_prompt_tokens,
+        passage_skip=0 if spec.prompt_in_pooling else passages.num_prompt_tokens,
+        query_prompt=query_prompt,
+        passage_prompt=passage_prompt,
+    )
+
+
+def _kept(sizes: list[int], num: int, seed: int) -> list[np.ndarray]:
+    """The examples of each set among the first `num` of all after a seeded shuffle."""
+    bases = np.concatenate([[0], np.cumsum(sizes)])
+    chosen = np.sort(np.random.default_rng([seed, num]).permutation(int(bases[-1]))[:num])
+    kept = [chosen[(chosen >= a) & (chosen < b)] - a for a, b in zip(bases, bases[1:], strict=False)]
+    if not all(map(len, kept)):
+        raise ValueError(f"data.max_examples ({num}) leaves a data set without examples; sizes are {sizes}")
+    return kept
+
+
+# -- retrieval sets on disk ---------------------------------------------------------------------
+
+
+def _judged(one: RetrievalSet) -> Iterator[Example]:
+    text = dict(zip(one.doc_ids, one.doc_texts, strict=True))
+    for query_id, query in zip(one.query_ids, one.query_texts, strict=True):
+        answers = [text[d] for d, grade in one.qrels[query_id].items() if grade > 0]
+        yield Example(query=query, positives=answers, negatives=[], where=f"{one.name}: {query_id}", id=query_id)
+
+
+def _save_strings(folder: Path, name: str, texts: Iterable[str]) -> None:
+    writer = StringsWriter(folder, name)
+    for text in texts:
+        writer.append(text)
+    writer.close()
+
+
+def _save_sets(folder: Path, sets: dict[str, RetrievalSet]) -> dict[str, dict[str, str]]:
+    """Set -> names of its tables. Sets over the same corpus share one."""
+    stored: dict[str, dict[str, str]] = {}
+    for key, one in sets.items():
+        twin = next((k for k in stored if sets[k].doc_ids == one.doc_ids and sets[k].doc_texts == one.doc_texts), None)
+        if twin is None:
+            _save_strings(folder, f"{key}.doc_ids", one.doc_ids)
+            _save_strings(folder, f"{key}.doc_texts", one.doc_texts)
+        _save_strings(folder, f"{key}.query_ids", one.query_ids)
+        _save_strings(folder, f"{key}.query_texts", one.query_texts)
+        doc_number = {d: n for n, d in enumerate(one.doc_ids)}
+        judged_G3 = [
+            (n, doc_number[d], grade) for n, q in enumerate(one.query_ids) for d, grade in one.qrels[q].items()
+        ]
+        np.save(folder / f"{key}.qrels.npy", np.array(judged_G3, np.int64).reshape(-1, 3))
+        stored[key] = {"queries": key, "docs": stored[twin]["docs"] if twin else key}
+    return stored
+
+
+def _load_set(folder: Path, stored: dict[str, str], name: str) -> RetrievalSet:
+    queries, docs = stored["queries"], stored["docs"]
+    doc_ids, query_ids = list(Strings(folder, f"{docs}.doc_ids")), list(Strings(folder, f"{queries}.query_ids"))
+    qrels: dict[str, dict[str, int]] = {q: {} for q in query_ids}
+    for q, d, grade in np.load(folder / f"{queries}.qrels.npy").tolist():
+        qrels[query_ids[q]][doc_ids[d]] = grade
+    return RetrievalSet(
+        name=name,
+        doc_ids=doc_ids,
+        doc_texts=list(Strings(folder, f"{docs}.doc_texts")),
+        query_ids=query_ids,
+        query_texts=list(Strings(folder, f"{queries}.query_texts")),
+        qrels=qrels,
+    )
+
+
+def _limited(one: RetrievalSet, c: DataConfig) -> RetrievalSet:
+    """At most data.max_eval_queries of the queries, over all the passages."""
+    if c.max_eval_queries is None or len(one.query_ids) <= c.max_eval_queries:
+        return one
+    chosen = np.random.default_rng(c.split_seed).permutation(len(one.query_ids))[: c.max_eval_queries]
+    rows = np.sort(chosen).tolist()
+    query_ids = [one.query_ids[i] for i in rows]
+    return replace(
+        one,
+        query_ids=query_ids,
+        query_texts=[one.query_texts[i] for i in rows],
+        qrels={q: one.qrels[q] for q in query_ids},
+    )

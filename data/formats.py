@@ -1,0 +1,501 @@
+"""Text data of any common layout as Examples for training or a RetrievalSet for evaluation.
+
+Formats (told by content): BEIR folders; JSONL, TSV, CSV and Parquet, one file or one a split
+(train.jsonl, dev.tsv, validation.*, shards train-00000-of-00002.parquet), also with .gz; hub data
+sets and folders saved by `datasets`. Which columns are understood: data/columns.py.
+
+Files are read as streams. What stays in memory is 16 to 32 bytes for each id that the data gives.
+"""
+
+import difflib
+import logging
+import re
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+
+from conf.schema import SourceConfig
+from data.beir import beir_splits, is_beir, part, read_beir, read_beir_examples
+from data.columns import (
+    ColumnError,
+    Layout,
+    check_mapping,
+    header_rule,
+    layout_of,
+    matches,
+    read_row,
+)
+from data.records import (
+    BadRows,
+    Example,
+    HashIndex,
+    RetrievalSet,
+    content_hash,
+    hash_bytes,
+    normalise,
+    short,
+)
+from data.tables import (
+    EXTENSIONS,
+    Table,
+    extension_format,
+    hub_splits,
+    hub_table,
+    is_saved_dataset,
+    open_table,
+    sniff,
+)
+
+__all__ = [
+    "BadRows",
+    "Example",
+    "RetrievalSet",
+    "available_splits",
+    "content_hash",
+    "detect",
+    "normalise",
+    "read_beir",
+    "read_examples",
+    "read_retrieval_set",
+]
+
+log = logging.getLogger(__name__)
+
+SPLIT_NAMES = {
+    "train": ("train", "training"),
+    "dev": ("dev", "validation", "valid", "val", "eval"),
+    "test": ("test", "testing"),
+}
+_SHARD = re.compile(r"(.+?)[-_.]\d+(?:[-_]?of[-_]?\d+)?")
+
+
+# -- where the data lies ------------------------------------------------------------------------
+
+
+def _root(source: SourceConfig) -> Path:
+    """The existing path of source.root. Raises ValueError naming the nearest one that exists."""
+    if not source.root:
+        raise ValueError(
+            "data.root is not set; give the file or folder that holds the data: data.root=<path>"
+        )
+    path = Path(source.root).expanduser()
+    if path.exists():
+        return path
+    parent = path.parent
+    while not parent.is_dir():
+        parent = parent.parent
+    names = sorted(p.name for p in parent.iterdir()) if parent == path.parent else []
+    near = difflib.get_close_matches(path.name, names, n=1, cutoff=0.4)
+    if near:
+        hint = f"; did you mean {parent / near[0]}?"
+    elif parent == path.parent:
+        hint = f"; {parent} holds {_listed(names)}"
+    else:
+        hint = f"; the nearest folder that exists is {parent}"
+    if not path.is_absolute() and len(path.parts) == 2 and not path.suffix:
+        hint += "; for a data set of the hub add data.format=hub"
+    raise ValueError(f"data.root={source.root}: no such file or folder{hint}")
+
+
+def _listed(names: Sequence[str], limit: int = 8) -> str:
+    shown = ", ".join(names[:limit]) or "nothing"
+    return f"{shown} and {len(names) - limit} more" if len(names) > limit else shown
+
+
+def detect(root: str | Path) -> str:
+    """Format of a file or folder by its content: beir, hub, jsonl, tsv, csv or parquet.
+
+    Raises ValueError for a path that does not exist, an empty file, or a folder with nothing
+    recognisable.
+    """
+    path = _root(SourceConfig(root=str(root)))
+    if path.is_dir():
+        if is_beir(path):
+            return "beir"
+        if is_saved_dataset(path):
+            return "hub"
+        return sniff(_data_files(path, None)[0])
+    return sniff(path)
+
+
+def _data_files(folder: Path, kind: str | None) -> list[Path]:
+    """Files of a folder that may hold rows, by name; of format `kind` alone where it is given."""
+    kinds = set(EXTENSIONS.values()) if kind is None else {kind}
+    beir_parts = {part(folder, "corpus.jsonl"), part(folder, "queries.jsonl")}
+    for place in (folder, folder / "data"):  # hub repositories keep their Parquet under data/
+        if not place.is_dir():
+            continue
+        files = [
+            p
+            for p in sorted(place.iterdir())
+            if p.is_file()
+            and extension_format(p) in kinds
+            and p not in beir_parts
+            and not p.name.startswith(".")
+        ]
+        # stats.json, dataset_infos.json: .json counts only where nothing else is there
+        rows = [p for p in files if Path(p.name.removesuffix(".gz")).suffix.lower() != ".json"]
+        files = rows or [p for p in files if _split_of(p) in _known_names()]
+        if files:
+            return files
+    wanted = "corpus.jsonl with queries.jsonl and qrels/ (BEIR), dataset_dict.json (datasets)"
+    found = _listed(sorted(p.name + ("/" if p.is_dir() else "") for p in folder.iterdir()))
+    endings = ", ".join(f"*.{k}" for k in sorted(kinds))
+    raise ValueError(f"{folder}: looked for {wanted}, or {endings}; found {found}")
+
+
+def _known_names() -> set[str]:
+    return {name for names in SPLIT_NAMES.values() for name in names}
+
+
+def _split_of(path: Path) -> str:
+    """train for train.jsonl, train.tsv.gz, train-00000-of-00002.parquet, train_1.csv."""
+    stem = Path(path.name.removesuffix(".gz")).stem
+    shard = _SHARD.fullmatch(stem)
+    return shard.group(1) if shard else stem
+
+
+def _split_files(source: SourceConfig, root: Path) -> dict[str | None, list[Path]]:
+    """Files by split; {None: files} where the data has no split of its own."""
+    if root.is_file():
+        return {None: [root]}
+    kind = None if source.format in ("auto", "hub") else source.format
+    files = _data_files(root, kind)
+    groups: dict[str, list[Path]] = {}
+    for path in files:
+        groups.setdefault(_split_of(path), []).append(path)
+    asked = {source.train_split, source.dev_split, source.test_split}
+    if not any(name in asked or name.lower() in _known_names() for name in groups):
+        formats = {extension_format(p) for p in files}
+        if len(formats) > 1:
+            names = _listed([p.name for p in files])
+            raise ValueError(
+                f"{root}: expected one format, found {names}; name one file, or set data.format"
+            )
+        return {None: files}
+    for name, paths in groups.items():
+        formats = {extension_format(p) for p in paths}
+        if len(formats) > 1 or (len(paths) > 1 and any(_is_whole(p, name) for p in paths)):
+            names = _listed([p.name for p in paths])
+            raise ValueError(
+                f"{root}: split {name!r} is ambiguous, found {names};"
+                " name one file, or set data.format"
+            )
+    rank = {name: i for i, names in enumerate(SPLIT_NAMES.values()) for name in names}
+    return {
+        name: groups[name] for name in sorted(groups, key=lambda n: (rank.get(n.lower(), 9), n))
+    }
+
+
+def _is_whole(path: Path, split: str) -> bool:
+    return Path(path.name.removesuffix(".gz")).stem == split
+
+
+def _kind(source: SourceConfig) -> str:
+    """The format to read `source` as: the one it names, else the one its content shows."""
+    if source.format in ("pydocs", "toy"):
+        raise ValueError(
+            f"data.format={source.format} is made by its own module, not read from a file"
+        )
+    if source.format == "hub":
+        if not source.root:
+            raise ValueError("data.root is not set; give the hub id: data.root=<owner>/<name>")
+        return "hub"
+    root = _root(source)
+    if source.format == "beir" and not (root.is_dir() and is_beir(root)):
+        found = _listed(sorted(p.name for p in root.iterdir())) if root.is_dir() else "a file"
+        raise ValueError(
+            f"{root}: expected corpus.jsonl, queries.jsonl and qrels/ (BEIR), found {found}"
+        )
+    return detect(root) if source.format == "auto" else source.format
+
+
+def available_splits(source: SourceConfig) -> list[str]:
+    """Names of the splits the data comes with, train, dev, test first; [] where it has none."""
+    kind = _kind(source)
+    if kind == "beir":
+        return beir_splits(_root(source))
+    if kind == "hub":
+        return hub_splits(str(source.root))
+    return [name for name in _split_files(source, _root(source)) if name is not None]
+
+
+def resolve_split(source: SourceConfig, split: str | None) -> str | None:
+    """The data's own name for `split`: validation for dev and so on; None for data without splits.
+
+    Raises ValueError for a split that is not there, and for None where there are several.
+    """
+    splits = available_splits(source)
+    listed = ", ".join(splits)
+    if split is None:
+        if len(splits) > 1:
+            raise ValueError(f"data.root={source.root} has splits {listed}; name one")
+        return splits[0] if splits else None
+    if split in splits:
+        return split
+    if not splits:
+        root = Path(str(source.root)).expanduser()
+        if root.is_file() and split in _same_split(_split_of(root)):
+            return None  # test.jsonl alone, asked for "test"
+        raise ValueError(
+            f"data.root={source.root} has no splits of its own, so there is no {split!r};"
+            f" give a folder with a file {split}.jsonl, or let it be split by shared texts"
+        )
+    others = [s for s in splits if s in _same_split(split)]
+    if len(others) != 1:
+        raise ValueError(
+            f"data.root={source.root} has no split {split!r}; splits at hand: {listed}"
+        )
+    return others[0]
+
+
+def _same_split(split: str) -> tuple[str, ...]:
+    return next((names for names in SPLIT_NAMES.values() if split.lower() in names), (split,))
+
+
+# -- rows to examples ---------------------------------------------------------------------------
+
+
+def _tables(
+    source: SourceConfig, split: str | None, bad: BadRows
+) -> tuple[list[Table], SourceConfig]:
+    kind = _kind(source)
+    if kind == "hub":
+        table, wanted = hub_table(str(source.root), split, source.filter)
+        changed = SourceConfig(
+            root=source.root, format="hub", columns=source.columns, filter=wanted
+        )
+        return [table], changed
+    files = _split_files(source, _root(source))[split]
+    fixed = None if source.format == "auto" else source.format
+    rule = partial(header_rule, source)
+    return [open_table(p, fixed or sniff(p), bad, rule) for p in files], source
+
+
+def _rows(source: SourceConfig, split: str | None, bad: BadRows) -> Iterator[Example]:
+    """Every readable row, rows judged not relevant included.
+
+    Raises ValueError where not one row can be used.
+    """
+    check_mapping(source)
+    tables, source = _tables(source, split, bad)
+    num_rows = num_kept = num_read = 0
+    ids = HashIndex()
+    other_values: dict[str, None] = {}
+    unused: set[str] = set()
+    for table in tables:
+        layouts: dict[tuple[str, ...], Layout] = {}
+        needed = None
+        if table.columns is not None:
+            try:
+                needed = layout_of(table.columns, source).needed()
+            except ColumnError as e:
+                raise ValueError(f"{table.where}: {e}") from None
+        for where, row in table.rows(needed):
+            num_rows += 1
+            keys = tuple(row)
+            layout = layouts.get(keys)
+            if layout is None:
+                try:
+                    layout = layouts[keys] = layout_of(keys, source)
+                except ColumnError as e:
+                    bad.report(where, e.expected, e.found)
+                    continue
+                if needed is None:
+                    unused |= set(keys) - set(layout.needed())
+            if not all(matches(row[name], value) for name, value in source.filter.items()):
+                if len(other_values) < 8:
+                    other_values[", ".join(f"{n}={short(row[n])}" for n in source.filter)] = None
+                continue
+            num_kept += 1
+            try:
+                example = read_row(row, layout, where, is_text=table.is_text)
+                if example.id != where:
+                    _check_id(example, layout.extra["id"], ids)
+            except ColumnError as e:
+                bad.report(where, e.expected, e.found)
+                continue
+            num_read += 1
+            yield example
+    if unused:
+        log.info("%s: columns not used: %s", source.root, ", ".join(sorted(unused)))
+    if num_read:
+        return
+    if num_kept:
+        raise ValueError(
+            f"data.root={source.root}: all {num_kept} rows are bad; first: {bad.first}"
+        )
+    if num_rows and other_values:
+        seen = "; ".join(other_values)
+        raise ValueError(
+            f"data.root={source.root}: data.filter {source.filter} keeps none of {num_rows} rows;"
+            f" seen: {seen}"
+        )
+    reason = f"; first bad row: {bad.first}" if bad.first else ""
+    raise ValueError(
+        f"{_listed([t.where for t in tables])}: expected rows of data, found none{reason}"
+    )
+
+
+def _check_id(example: Example, column: str, ids: HashIndex) -> None:
+    """Raises ColumnError for an id that an earlier row gave to another query."""
+    query = content_hash(example.query)
+    if ids.add(hash_bytes(example.id.encode("utf-8")), query) not in (None, query):
+        raise ColumnError(
+            f"one query an id in {column!r} (data.columns={{id: ''}} leaves that column unused)",
+            f"duplicate id {example.id!r} with another query",
+        )
+
+
+def _is_judged_irrelevant(example: Example) -> bool:
+    """A pair whose score says "not relevant".
+
+    A row with negatives is a training row instead, whose score may be a teacher's margin.
+    """
+    scores = example.positive_scores
+    return scores is not None and len(scores) == 1 and scores[0] <= 0 and not example.negatives
+
+
+# -- what others call ---------------------------------------------------------------------------
+
+
+def read_examples(
+    source: SourceConfig, split: str | None, bad: BadRows | None = None
+) -> Iterator[Example]:
+    """Training examples of one data set, as a stream.
+
+    split  one of available_splits(source), or a usual other name of it (dev for validation);
+           None for data without splits
+    bad    what to do about rows that cannot be read; default: stop at the first
+    Pairs with a score of 0 or less are left out and counted in the log.
+    Raises ValueError: path not found, nothing recognisable, unknown split, columns that cannot be
+    told or do not exist, no usable row, and (unless `bad` skips) a bad row as
+    "path:line: expected ..., found ...".
+    """
+    bad = bad if bad is not None else BadRows()
+    name = resolve_split(source, split)
+    if _kind(source) == "beir":
+        _no_columns(source)
+        yield from read_beir_examples(_root(source), str(name), bad)
+        return
+    num_left_out = num_used = 0
+    for example in _rows(source, name, bad):
+        if _is_judged_irrelevant(example):
+            num_left_out += 1
+            continue
+        num_used += 1
+        yield example
+    if num_left_out:
+        log.info("%s: left out %d pairs with a score of 0 or less", source.root, num_left_out)
+    if not num_used:
+        raise ValueError(
+            f"data.root={source.root}: all {num_left_out} pairs have a score of 0 or less"
+        )
+
+
+def _no_columns(source: SourceConfig) -> None:
+    if source.columns or source.filter:
+        raise ValueError(
+            f"data.columns and data.filter do not apply to a BEIR folder ({source.root});"
+            " for rows of a file in it give that file as data.root, or set data.format=jsonl"
+        )
+
+
+def read_retrieval_set(
+    source: SourceConfig, split: str | None, bad: BadRows | None = None, name: str = ""
+) -> RetrievalSet:
+    """An evaluation set: a BEIR folder's, or the rows' queries against the rows' distinct passages.
+
+    split, bad, raises   as in read_examples
+    name                 of the set; default the file's or folder's name
+    For rows: equal texts (content_hash) are one document and one query; ids are the given ones,
+    else d<number> and q<number> in order of appearance; negatives are documents not judged. A grade
+    is the row's score where it is a whole number (0 and below: not relevant), else 1.
+    """
+    bad = bad if bad is not None else BadRows()
+    resolved = resolve_split(source, split)
+    kind = _kind(source)
+    if kind == "beir":
+        _no_columns(source)
+        return read_beir(_root(source), str(resolved), bad, name=name)
+    return retrieval_set(_rows(source, resolved, bad), name or Path(str(source.root)).name, bad)
+
+
+def retrieval_set(
+    examples: Iterator[Example], name: str, bad: BadRows | None = None
+) -> RetrievalSet:
+    """Examples as a RetrievalSet, see read_retrieval_set; also for held-out rows of a split."""
+    bad = bad if bad is not None else BadRows()
+    docs, queries = _Texts("d"), _Texts("q")
+    grades: dict[int, dict[int, int]] = {}
+    for e in examples:
+        given = None if e.id == e.where else e.id
+        query = queries.add(e.query, given, e.where, bad)
+        positive_ids = e.positive_ids or [None] * len(e.positives)
+        scores = e.positive_scores or [1.0] * len(e.positives)
+        positives = [
+            docs.add(t, i, e.where, bad) for t, i in zip(e.positives, positive_ids, strict=True)
+        ]
+        for text, i in zip(e.negatives, e.negative_ids or [None] * len(e.negatives), strict=True):
+            docs.add(text, i, e.where, bad)
+        if query is None:
+            continue
+        judged = grades.setdefault(query, {})
+        for doc, score in zip(positives, scores, strict=True):
+            if doc is not None:
+                is_grade = score == int(score) and (score > 0 or _is_pair(e))
+                grade = int(score) if is_grade else 1
+                judged[doc] = max(grade, judged.get(doc, grade))
+    doc_ids, query_ids = docs.ids(), queries.ids()
+    return RetrievalSet(
+        name=name,
+        doc_ids=doc_ids,
+        doc_texts=docs.texts,
+        query_ids=query_ids,
+        query_texts=queries.texts,
+        qrels={
+            query_ids[q]: {doc_ids[d]: g for d, g in judged.items()} for q, judged in grades.items()
+        },
+    )
+
+
+def _is_pair(example: Example) -> bool:
+    return len(example.positives) == 1 and not example.negatives
+
+
+class _Texts:
+    """Distinct texts in order of appearance, with given or made-up ids."""
+
+    def __init__(self, letter: str) -> None:
+        self.texts: list[str] = []
+        self._letter = letter
+        self._by_hash: dict[int, int] = {}
+        self._given: list[str | None] = []
+        self._owner: dict[str, tuple[int, str]] = {}
+
+    def add(self, text: str, given: str | None, where: str, bad: BadRows) -> int | None:
+        """Index of the text; None after reporting an id that already stands for another text."""
+        key = content_hash(text)
+        if given is not None:
+            owner, first = self._owner.setdefault(given, (key, where))
+            if owner != key:
+                bad.report(where, "one text an id", f"{given!r}, the id of another text at {first}")
+                return None
+        index = self._by_hash.get(key)
+        if index is None:
+            index = self._by_hash[key] = len(self.texts)
+            self.texts.append(text)
+            self._given.append(given)
+        elif self._given[index] is None:
+            self._given[index] = given
+        return index
+
+    def ids(self) -> list[str]:
+        """One id a text; a made-up one gets trailing underscores where it is taken."""
+        ids = []
+        for i, given in enumerate(self._given):
+            made = f"{self._letter}{i}"
+            while given is None and made in self._owner:
+                made += "_"
+            ids.append(given if given is not None else made)
+        return ids

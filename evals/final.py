@@ -1,0 +1,226 @@
+"""What a training run says about itself: base before the first step, dev while it runs, result.json at the end."""
+
+import json
+import logging
+import resource
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from conf.schema import TrainConfig
+from data.datasets import Data
+from data.records import RetrievalSet
+from evals import report
+from evals.bm25 import bm25_hits
+from evals.metrics import evaluate_hits
+from evals.retrieval import Scored, encode_sets, score
+from models.export import export
+from models.towers import Towers
+from runtime.run_dir import write_json_atomic, write_text_atomic
+from runtime.track import Tracker
+
+log = logging.getLogger(__name__)
+
+FIRST_HITS = 10  # kept a query and system, for the examples of the report
+
+
+def evaluate_base(towers: Towers, data: Data, dims: Sequence[int], run_dir: Path, *, precision: str) -> dict:
+    """Per-query metrics and first hits of the untrained model on every test set; read back when a run resumes.
+
+    {set: {dim: {"query_ids": [..], "per_query": {metric: [..]}, "first_hits": {query id: [document ids]}}}}; the widest
+    dim of each set also has "scores", a sample of relevant and random pairs.
+    """
+    path = run_dir / "base.json"
+    if path.is_file():
+        return json.loads(path.read_text(encoding="utf-8"))
+    base = _evaluate(towers, data.test, dims, precision=precision, progress="base")
+    write_json_atomic(path, base)
+    return base
+
+
+def _evaluate(
+    towers: Towers, sets: Mapping[str, RetrievalSet], dims: Sequence[int], *, precision: str, progress: str
+) -> dict:
+    embedded = encode_sets(towers, sets, precision=precision, progress=progress)
+    result = {}
+    for name, data in sets.items():
+        scored = score(*embedded[name], data, dims)
+        result[name] = {str(dim): _plain(s) for dim, s in scored.items()}
+        sample = report.sample_scores(*embedded[name], data)
+        result[name][str(dims[0])]["scores"] = {kind: x.round(4).tolist() for kind, x in sample.items()}
+    return result
+
+
+def _plain(scored: Scored) -> dict:
+    metrics, hits = scored.metrics, scored.hits
+    return {
+        "per_query": {name: value.tolist() for name, value in metrics.per_query.items()},
+        "query_ids": metrics.query_ids,
+        "first_hits": {q: [d for d, _ in hits.of(row)[:FIRST_HITS]] for row, q in enumerate(hits.query_ids)},
+    }
+
+
+def evaluate_dev(towers: Towers, data: Data, dims: Sequence[int], *, precision: str) -> dict[str, float]:
+    """dev/<metric> at the widest dim, a mean over dev sets; each set's own numbers beside it when there are several.
+
+    Raises ValueError when the data has no dev queries.
+    """
+    if not data.dev:
+        raise ValueError("eval_every needs dev queries, but the data has none; set eval_every=0 or data.dev_fraction")
+    embedded = encode_sets(towers, data.dev, precision=precision)
+    means = {}
+    for name, some in data.dev.items():
+        for dim, scored in score(*embedded[name], some, dims).items():
+            means[name, dim] = scored.metrics.means
+    values: dict[str, float] = {}
+    for (name, dim), of_set in means.items():
+        prefix = f"dev/{name}/" if len(data.dev) > 1 else "dev/"
+        if len(data.dev) > 1 or dim != dims[0]:
+            values |= {f"{prefix}{metric}/{dim}": v for metric, v in of_set.items() if metric == "ndcg@10"}
+    for metric in next(iter(means.values())):
+        values[f"dev/{metric}"] = float(np.mean([of_set[metric] for (_, dim), of_set in means.items() if dim == dims[0]]))
+    return values
+
+
+def write_result(
+    c: TrainConfig,
+    run_dir: Path,
+    towers: Towers,
+    data: Data,
+    dims: Sequence[int],
+    base: dict,
+    track: Tracker,
+    totals: dict[str, float],
+    *,
+    precision: str,
+) -> None:
+    """Evaluate, export, report: export/, figures/, report.md and, last of all, result.json.
+
+    totals  steps, examples_per_s, tokens_per_s, train_s of the loop
+    """
+    tuned = _evaluate(towers, data.test, dims, precision=precision, progress="tuned")
+    bm25 = {}
+    for name, some in data.test.items():
+        log.info("BM25 on %s", name)
+        scored = Scored(hits := bm25_hits(some, 100), evaluate_hits(hits, some.qrels))
+        bm25[name] = _plain(scored)
+    sets = {name: _set_result(bm25[name], base[name], tuned[name], c.seed) for name in tuned}
+    first = next(iter(sets), None)
+    result: dict = {"name": c.name, "task": c.task, "seed": c.seed}
+    result |= sets[first] if first else {"metrics": {}, "delta": {}}
+    result |= {"test_set": first, "other_sets": {n: s for n, s in sets.items() if n != first}}
+    result |= totals | {"padding_share": 0.0, "replayed_share": 0.0, "peak_memory_mib": round(peak_memory_mib())}
+    result["data"] = data.report
+
+    export(towers, run_dir / "export", _card(c, result, dims))
+    figures = _figures(run_dir, bm25, base, tuned, first, dims)
+    examples = ""
+    if first and c.examples_shown:
+        hits = [of[first][str(dims[0])]["first_hits"] for of in (base, tuned)]
+        examples = report.examples_text(*hits, data.test[first], count=c.examples_shown, seed=c.seed)
+    tables = {
+        f"nDCG@10 on {name}": report.result_table(s["metrics"], s["delta"], markdown=True)
+        for name, s in result["other_sets"].items()
+    }
+    captions = {f.stem.replace("_", " "): f"figures/{f.name}" for f in figures}
+    facts = _facts(c, result)
+    text = report.report_markdown(result, facts=facts, tables=tables, examples=examples, figures=captions)
+    write_text_atomic(run_dir / "report.md", text)
+    _log_to_tracker(track, result, figures)
+    write_json_atomic(run_dir / "result.json", result)
+    _show(run_dir, result, examples)
+
+
+def _set_result(bm25: dict, base: dict, tuned: dict, seed: int) -> dict:
+    """{"metrics", "delta"} of one set, as in result.json."""
+
+    def means(of: dict) -> dict[str, float]:
+        return {name: float(np.mean(x)) if x else 0.0 for name, x in of["per_query"].items()}
+
+    def against(dim: str) -> dict:
+        a, b = base[dim], tuned[dim]
+        return report.compare_values(a["query_ids"], a["per_query"], b["query_ids"], b["per_query"], seed=seed)
+
+    metrics = {"bm25": means(bm25)} | {
+        name: {dim: means(one) for dim, one in of.items()} for name, of in (("base", base), ("tuned", tuned))
+    }
+    return {"metrics": metrics, "delta": {dim: against(dim) for dim in tuned}}
+
+
+def _figures(
+    run_dir: Path, bm25: dict, base: dict, tuned: dict, first: str | None, dims: Sequence[int]
+) -> list[Path]:
+    folder = run_dir / "figures"
+    made = [report.plot_training(report.read_metrics(run_dir / "metrics.jsonl"), folder / "training_curve.png")]
+    if first is None or not bm25[first]["query_ids"]:
+        return made
+    values = {
+        name: {dim: one["per_query"]["ndcg@10"] for dim, one in of[first].items()}
+        for name, of in (("base", base), ("tuned", tuned))
+    }
+    values["bm25"] = {"": bm25[first]["per_query"]["ndcg@10"]}
+    made.append(report.plot_dims(values, folder / "metric_by_dimension.png"))
+    samples = {
+        name: {kind: np.array(x) for kind, x in of[first][str(dims[0])]["scores"].items()}
+        for name, of in (("base", base), ("tuned", tuned))
+    }
+    made.append(report.plot_scores(samples, folder / "score_distribution.png"))
+    return made
+
+
+def _facts(c: TrainConfig, result: dict) -> dict[str, object]:
+    facts = {
+        "base": c.model.base,
+        "data": c.data.root or c.data.format if not c.data.sets else ", ".join(c.data.sets),
+        "steps": f"{result['steps']} of {c.optim.batch_size} examples",
+        "learning rate": f"{c.optim.lr:g}, {c.optim.schedule}, warmup {c.optim.warmup:g}",
+        "loss": f"{c.loss.kind}, temperature {c.loss.temperature:g}, dims {c.loss.dims or 'full'}",
+        "training": f"{result['train_s']:.0f} s, {result['examples_per_s']:.1f} examples/s,"
+        f" {result['tokens_per_s']:.0f} tokens/s",
+        "peak memory": f"{result['peak_memory_mib']} MiB",
+        "seed": c.seed,
+    }
+    return facts
+
+
+def _card(c: TrainConfig, result: dict, dims: Sequence[int]) -> dict:
+    """What models/export.py writes into the model card."""
+    facts = _facts(c, result)
+    settings = {k: facts[k] for k in ("learning rate", "loss", "steps", "seed")}
+    return {
+        "name": c.name,
+        "base_model": c.model.base,
+        "data": f"{facts['data']} ({c.data.format})",
+        "settings": settings | {"dims": list(dims)},
+        "result": result,
+    }
+
+
+def _log_to_tracker(track: Tracker, result: dict, figures: list[Path]) -> None:
+    rows = [
+        [system, dim, metric, value]
+        for system, of in result["metrics"].items()
+        for dim, values in (of.items() if system != "bm25" else [("", of)])
+        for metric, value in values.items()
+    ]
+    track.finish(result, figures, (["system", "dim", "metric", "value"], rows))
+
+
+def _show(run_dir: Path, result: dict, examples: str) -> None:
+    """The end of a run on the terminal: table, examples, where things lie."""
+    out = sys.stdout
+    names = {result["test_set"]: result, **result["other_sets"]} if result["test_set"] else {}
+    for name, of in names.items():
+        n = next((d["n"] for dim in of["delta"].values() for d in dim.values()), 0)
+        out.write(f"\nnDCG@10 on {name}, {n} queries\n{report.result_table(of['metrics'], of['delta'])}\n")
+    if examples:
+        out.write(f"\n{examples}\n")
+    out.write(f"\nreport   {run_dir / 'report.md'}\nfigures  {run_dir / 'figures'}\n")
+    out.write(f"model    {run_dir / 'export'}\n")
+
+
+def peak_memory_mib() -> float:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (1024 * 1024 if sys.platform == "darwin" else 1024)

@@ -1,0 +1,200 @@
+"""Attention over packed sequences: one place chooses how it is computed, and says so once.
+
+Shapes: T tokens of all sequences, S sequences, n sequences of one length L, H heads, K head width, C = H * K.
+"""
+
+import logging
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+# A group is (first token, number of sequences, their common length).
+Group = tuple[int, int, int]
+
+
+def length_groups(lengths: list[int]) -> list[Group]:
+    """Runs of neighbouring sequences of equal length; few when the pack is sorted by length."""
+    groups: list[Group] = []
+    start = 0
+    for length in lengths:
+        if groups and groups[-1][2] == length:
+            first, count, _ = groups[-1]
+            groups[-1] = (first, count + 1, length)
+        else:
+            groups.append((start, 1, length))
+        start += length
+    return groups
+
+
+def choose_attention(device_type: str, dtype: torch.dtype, *, bias: bool, dropout: float, compiled: bool) -> str:
+    """Name of the way to compute attention: varlen | grouped | padded.
+
+    varlen   torch.nn.attention.varlen: CUDA, bf16/fp16, no bias, no dropout
+    grouped  our autograd function over groups of equal length: the CPU's fastest; no dropout
+    padded   scaled_dot_product_attention over one padded rectangle: everything else
+    """
+    if dropout > 0:
+        return "padded"
+    if device_type == "cuda" and dtype in (torch.bfloat16, torch.float16) and not bias:
+        try:
+            from torch.nn.attention.varlen import varlen_attn  # noqa: F401
+        except ImportError:
+            return "padded"
+        return "varlen"
+    if device_type == "cpu" and not compiled:
+        return "grouped"
+    return "padded"
+
+
+_REASONS = {
+    "varlen": "torch.nn.attention.varlen (CUDA, 16-bit, no bias)",
+    "grouped": "grouped by equal length",
+    "padded": "scaled_dot_product_attention on padded rectangles",
+}
+_logged: set[str] = set()
+
+
+def log_choice(way: str, device_type: str, dtype: torch.dtype, *, bias: bool, dropout: float) -> None:
+    if way in _logged:
+        return
+    _logged.add(way)
+    why = ", ".join(w for w in ("relative bias" if bias else "", "attention dropout" if dropout else "") if w)
+    log.info("attention: %s on %s in %s%s", _REASONS[way], device_type, dtype, f" ({why})" if why else "")
+
+
+def _window_mask(length: int, half_window: int, device: torch.device) -> Tensor | None:
+    """(L, L) bool, True where |i - j| <= half_window; None when the window covers everything."""
+    if half_window <= 0 or length <= half_window + 1:
+        return None
+    at = torch.arange(length, device=device)
+    return (at[:, None] - at[None, :]).abs() <= half_window
+
+
+class GroupedAttention(torch.autograd.Function):
+    """softmax(q k^T / sqrt(K) + bias) v over groups of equal length, as one autograd node.
+
+    One node instead of a slice per group: autograd's backward of a slice adds a full zero tensor per group.
+    Nothing of size L x L is kept: the backward recomputes it, or runs the fused kernel's own.
+    """
+
+    @staticmethod
+    def forward(ctx, qkv_T3HK: Tensor, bias_HLL: Tensor | None, groups: list[Group], half_window: int) -> Tensor:
+        T, _, H, K = qkv_T3HK.shape
+        out_THK = qkv_T3HK.new_empty(T, H, K)
+        log_sums = []
+        for first, count, length in groups:
+            tokens = slice(first, first + count * length)
+            q, k, v = _heads_first(qkv_T3HK[tokens], count, length)
+            if _fused(qkv_T3HK, bias_HLL):
+                mask = _window_mask(length, half_window, qkv_T3HK.device)
+                mask = None if mask is None else _additive(mask, q.dtype)
+                o, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=mask)
+                log_sums.append(log_sum)
+            else:
+                o = torch.matmul(_probabilities(q, k, bias_HLL, half_window), v)
+            out_THK[tokens].view(count, length, H, K).copy_(o.transpose(1, 2))
+        ctx.save_for_backward(qkv_T3HK, bias_HLL, out_THK, *log_sums)
+        ctx.groups, ctx.half_window = groups, half_window
+        return out_THK
+
+    @staticmethod
+    def backward(ctx, grad_THK: Tensor):
+        qkv_T3HK, bias_HLL, out_THK, *log_sums = ctx.saved_tensors
+        _, _, H, K = qkv_T3HK.shape
+        grad_qkv_T3HK = torch.empty_like(qkv_T3HK)
+        wants_bias = bias_HLL is not None and ctx.needs_input_grad[1]
+        grad_bias_HLL = torch.zeros_like(bias_HLL, dtype=torch.float32) if wants_bias else None
+        for i, (first, count, length) in enumerate(ctx.groups):
+            tokens = slice(first, first + count * length)
+            q, k, v = _heads_first(qkv_T3HK[tokens], count, length)
+            g = grad_THK[tokens].view(count, length, H, K).transpose(1, 2)
+            if log_sums:
+                o = out_THK[tokens].view(count, length, H, K).transpose(1, 2)
+                mask = _window_mask(length, ctx.half_window, q.device)
+                mask = None if mask is None else _additive(mask, q.dtype)
+                dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                    g, q, k, v, o, log_sums[i], 0.0, False, attn_mask=mask
+                )
+            else:
+                p = _probabilities(q, k, bias_HLL, ctx.half_window)
+                dp = torch.matmul(g, v.transpose(-1, -2))
+                ds = torch._softmax_backward_data(dp, p, -1, p.dtype)
+                if wants_bias:
+                    grad_bias_HLL[:, :length, :length] += ds.sum(0, dtype=torch.float32)
+                dv = torch.matmul(p.transpose(-1, -2), g)
+                ds = ds.mul_(1 / math.sqrt(K))
+                dq, dk = torch.matmul(ds, k), torch.matmul(ds.transpose(-1, -2), q)
+            into = grad_qkv_T3HK[tokens].view(count, length, 3, H, K)
+            for slot, part in enumerate((dq, dk, dv)):
+                into[:, :, slot].copy_(part.transpose(1, 2))
+        if wants_bias:
+            grad_bias_HLL = grad_bias_HLL.to(bias_HLL.dtype)
+        return grad_qkv_T3HK, grad_bias_HLL, None, None
+
+
+def _heads_first(qkv: Tensor, count: int, length: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(n L, 3, H, K) -> three views (n, H, L, K)."""
+    _, _, H, K = qkv.shape
+    return qkv.view(count, length, 3, H, K).permute(2, 0, 3, 1, 4).unbind(0)
+
+
+def _fused(qkv_T3HK: Tensor, bias_HLL: Tensor | None) -> bool:
+    # Measured on AVX-512 BF16 hardware: the fused CPU kernel's backward loses to plain bmm in bf16, wins in fp32.
+    return bias_HLL is None and qkv_T3HK.dtype != torch.bfloat16 and qkv_T3HK.device.type == "cpu"
+
+
+def _additive(mask_LL: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.zeros(mask_LL.shape, dtype=dtype, device=mask_LL.device).masked_fill_(~mask_LL, -math.inf)
+
+
+def _probabilities(q: Tensor, k: Tensor, bias_HLL: Tensor | None, half_window: int) -> Tensor:
+    """softmax(q k^T / sqrt(K) + bias) inside the window, (n, H, L, L) in q's dtype."""
+    length = q.shape[-2]
+    scores = torch.matmul(q * (1 / math.sqrt(q.shape[-1])), k.transpose(-1, -2))
+    if bias_HLL is not None:
+        scores += bias_HLL[:, :length, :length].to(scores.dtype)
+    mask = _window_mask(length, half_window, q.device)
+    if mask is not None:
+        scores.masked_fill_(~mask, -math.inf)
+    return torch.softmax(scores, -1)
+
+
+def padded_attention(
+    qkv_T3HK: Tensor, bias_HLL: Tensor | None, index_SL: Tensor, mask_SL: Tensor, half_window: int, dropout: float
+) -> Tensor:
+    """The same through scaled_dot_product_attention on one padded rectangle.
+
+    index_SL  token number of each cell (0 where padding); mask_SL  True on real tokens
+    """
+    S, L = index_SL.shape
+    q, k, v = qkv_T3HK[index_SL].permute(2, 0, 3, 1, 4).unbind(0)
+    mask = mask_SL[:, None, None, :]
+    window = _window_mask(L, half_window, q.device)
+    if window is not None:
+        mask = mask & (window | ~mask_SL[:, None, :, None])  # a padded row must not be empty: softmax(-inf..) is nan
+    if bias_HLL is not None:
+        mask = bias_HLL[None, :, :L, :L].to(q.dtype).masked_fill(~mask, -math.inf)
+    o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+    return o.transpose(1, 2)[mask_SL]
+
+
+def varlen_attention(qkv_T3HK: Tensor, cu_lengths_S1: Tensor, max_length: int, half_window: int) -> Tensor:
+    """The same through torch.nn.attention.varlen (CUDA, 16-bit)."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    q, k, v = qkv_T3HK.unbind(1)
+    window = {} if half_window <= 0 or max_length <= half_window + 1 else {"window_size": (half_window, half_window)}
+    return varlen_attn(q, k, v, cu_lengths_S1, cu_lengths_S1, max_length, max_length, **window)
+
+
+def varlen_has_window() -> bool:
+    """Whether this torch's varlen_attn can restrict attention to a window (younger than torch 2.11)."""
+    import inspect
+
+    from torch.nn.attention.varlen import varlen_attn
+
+    return "window_size" in inspect.signature(varlen_attn).parameters

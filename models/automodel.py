@@ -1,0 +1,177 @@
+"""Any transformers architecture behind our Encoder's interface: pad, call AutoModel, pack again."""
+
+# Shapes: T tokens of all sequences together, S sequences, L longest sequence, C hidden
+
+import inspect
+import logging
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from models.transformer import Packed
+
+log = logging.getLogger(__name__)
+
+# Names under which configs keep dropout of hidden states and of attention probabilities.
+HIDDEN_DROPOUT = (
+    "hidden_dropout_prob",
+    "hidden_dropout",
+    "resid_pdrop",
+    "embd_pdrop",
+    "dropout",
+    "dropout_rate",
+)
+ATTENTION_DROPOUT = ("attention_probs_dropout_prob", "attention_dropout", "attn_pdrop")
+
+
+class AutoEncoder(nn.Module):
+    """forward(packed) -> hidden_TC, computed by transformers on a padded rectangle.
+
+    padding_side  left | right, as the tokenizer says; but for rounding, results do not depend on it
+    """
+
+    def __init__(self, model: PreTrainedModel, *, padding_side: str = "right"):
+        super().__init__()
+        if padding_side not in ("left", "right"):
+            raise ValueError(f"padding_side ({padding_side!r}) must be left or right")
+        self.model = model
+        self.padding_side = padding_side
+        self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+        self._position_offset = _position_offset(model)
+
+    @classmethod
+    def load(
+        cls,
+        folder: Path,
+        *,
+        dropout: float | None,
+        attention_dropout: float,
+        padding_side: str = "right",
+    ) -> "AutoEncoder":
+        """AutoModel of a folder in float32; the encoder alone where the model has a decoder too.
+
+        dropout, attention_dropout  as in ModelConfig
+        Raises ValueError when transformers cannot load the folder or weights are missing from it.
+        """
+        transformers_logging.disable_progress_bar()
+        try:
+            config = AutoConfig.from_pretrained(folder, local_files_only=True)
+            _set_known(config, ATTENTION_DROPOUT, attention_dropout)
+            if dropout is not None and not _set_known(config, HIDDEN_DROPOUT, dropout):
+                raise ValueError(
+                    f"model.dropout ({dropout}): {config.model_type} has no hidden dropout"
+                )
+            auto = AutoModelForTextEncoding if config.is_encoder_decoder else AutoModel
+            model, info = auto.from_pretrained(
+                folder,
+                config=config,
+                dtype=torch.float32,
+                local_files_only=True,
+                output_loading_info=True,
+            )
+        except (OSError, KeyError, ImportError) as error:
+            raise ValueError(f"{folder}: transformers cannot load it: {error}") from error
+        missing = sorted(k for k in info["missing_keys"] if "pooler" not in k)
+        if missing:
+            more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+            raise ValueError(
+                f"{folder}: {len(missing)} missing weights: {', '.join(missing[:5])}{more}"
+            )
+        if info["unexpected_keys"]:
+            log.info(
+                "%s: stored weights not needed: %s",
+                folder,
+                ", ".join(sorted(info["unexpected_keys"])),
+            )
+        return cls(model, padding_side=padding_side)
+
+    @property
+    def width(self) -> int:
+        return self.model.config.hidden_size
+
+    @property
+    def max_positions(self) -> int | None:
+        """Longest sequence in tokens; None when the architecture has no limit."""
+        rows = getattr(self.model.config, "max_position_embeddings", None)
+        return None if rows is None or rows < 0 else rows - self._position_offset
+
+    @property
+    def embeddings(self) -> nn.Module:
+        return getattr(self.model, "embeddings", None) or self.model.get_input_embeddings()
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The blocks, from the input up."""
+        count = self.model.config.num_hidden_layers
+        found = [
+            m for m in self.model.modules() if isinstance(m, nn.ModuleList) and len(m) == count
+        ]
+        if not found:
+            raise ValueError(
+                f"model.freeze: found no list of {count} layers in {type(self.model).__name__}"
+            )
+        return found[0]
+
+    @property
+    def activation_checkpointing(self) -> bool:
+        return self.model.is_gradient_checkpointing
+
+    @activation_checkpointing.setter
+    def activation_checkpointing(self, on: bool) -> None:
+        if on:
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        else:
+            self.model.gradient_checkpointing_disable()
+
+    def forward(self, packed: Packed) -> Tensor:
+        length_S = torch.tensor(packed.lengths, device=packed.ids_T.device)
+        longest = max(packed.lengths)
+        if self.max_positions is not None and longest > self.max_positions:
+            raise ValueError(
+                f"a text of {longest} tokens exceeds the model's {self.max_positions} positions;"
+                " lower model.max_query_length or model.max_passage_length"
+            )
+        column_T = packed.position_T
+        if self.padding_side == "left":
+            column_T = column_T + (longest - length_S)[packed.segment_T]
+        place = (packed.segment_T, column_T)
+        shape = (len(packed.lengths), longest)
+        pad_id = self.model.config.pad_token_id  # any id will do: the mask hides it
+        ids_SL = packed.ids_T.new_full(shape, 0 if pad_id is None else pad_id).index_put_(
+            place, packed.ids_T
+        )
+        mask_SL = torch.zeros_like(ids_SL).index_put_(place, torch.ones_like(packed.ids_T))
+        more = {}
+        if packed.types_T is not None:
+            more["token_type_ids"] = torch.zeros_like(ids_SL).index_put_(place, packed.types_T)
+        if (
+            self.padding_side == "left" and self._takes_positions
+        ):  # else position 0 would be padding
+            more["position_ids"] = torch.zeros_like(ids_SL).index_put_(
+                place, packed.position_T + self._position_offset
+            )
+        if "use_cache" in self.model.config.to_dict():
+            more["use_cache"] = False
+        hidden_SLC = self.model(input_ids=ids_SL, attention_mask=mask_SL, **more).last_hidden_state
+        return hidden_SLC[place]
+
+
+def _position_offset(model: nn.Module) -> int:
+    """First position id: RoBERTa's relatives keep the rows up to padding_idx for padding."""
+    for module in model.modules():
+        padding = getattr(module, "padding_idx", None)
+        if isinstance(padding, int) and isinstance(
+            getattr(module, "position_embeddings", None), nn.Embedding
+        ):
+            return padding + 1
+    return 0
+
+
+def _set_known(config, names: tuple[str, ...], value: float) -> bool:
+    found = [n for n in names if hasattr(config, n)]
+    for name in found:
+        setattr(config, name, value)
+    return bool(found)

@@ -1,0 +1,138 @@
+"""What is saved and restored: everything a resumed run needs to end as if it had never stopped.
+
+Saved: weights, loss parameters, optimiser state, the number of finished steps, best metric and early-stopping count,
+CPU thread count. Not saved, because they are functions of (seed, step): batches, sampled negatives, dropout masks,
+the learning rate.
+"""
+
+import logging
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from runtime.run_dir import fsync_dir
+
+log = logging.getLogger(__name__)
+
+_FORMAT = 1
+
+
+def checkpoint_dir(run_dir: Path, step: int) -> Path:
+    return run_dir / "checkpoints" / f"step_{step:08d}"
+
+
+def saved_steps(run_dir: Path) -> list[int]:
+    """Finished steps of the complete checkpoints, ascending."""
+    folders = (run_dir / "checkpoints").glob("step_*")
+    return sorted(int(f.name.removeprefix("step_")) for f in folders if (f / "state.pt").is_file())
+
+
+def save(
+    run_dir: Path,
+    step: int,
+    towers: nn.Module,
+    loss_fn: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    progress: dict,
+    *,
+    keep: int,
+) -> Path:
+    """Write checkpoints/step_<step>/ so that it is there whole or not at all; drop all but the `keep` newest and best.
+
+    progress  plain values of the loop: best_value, best_step, bad_evaluations
+    """
+    folder = checkpoint_dir(run_dir, step)
+    state = {
+        "format": _FORMAT,
+        "step": step,
+        "towers": towers.state_dict(),
+        "loss": loss_fn.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "progress": dict(progress),
+        "threads": torch.get_num_threads(),
+    }
+    if not (folder / "state.pt").is_file():
+        temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        with open(temporary / "state.pt", "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        fsync_dir(temporary)
+        os.replace(temporary, folder)
+        fsync_dir(folder.parent)
+    _prune(run_dir, keep, progress.get("best_step"))
+    return folder
+
+
+def _prune(run_dir: Path, keep: int, best_step: int | None) -> None:
+    for step in saved_steps(run_dir)[:-keep]:
+        if step != best_step:
+            shutil.rmtree(checkpoint_dir(run_dir, step), ignore_errors=True)
+
+
+def mark_best(run_dir: Path, step: int) -> None:
+    """Point checkpoints/best at a saved step, atomically."""
+    temporary = run_dir / "checkpoints" / f".best.{os.getpid()}"
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(checkpoint_dir(run_dir, step).name)
+    os.replace(temporary, run_dir / "checkpoints" / "best")
+    fsync_dir(run_dir / "checkpoints")
+
+
+def load_latest(run_dir: Path, towers: nn.Module, loss_fn: nn.Module, optimizer: torch.optim.Optimizer) -> dict | None:
+    """Restore the newest readable checkpoint in place; its {"step", "progress"}, or None when there is none.
+
+    A damaged checkpoint is named in the log and the one before it is used.
+    """
+    _clear_leftovers(run_dir)
+    for step in reversed(saved_steps(run_dir)):
+        state = _read(checkpoint_dir(run_dir, step))
+        if state is None:
+            shutil.rmtree(checkpoint_dir(run_dir, step), ignore_errors=True)
+            continue
+        towers.load_state_dict(state["towers"])
+        loss_fn.load_state_dict(state["loss"])
+        optimizer.load_state_dict(state["optimizer"])
+        if state["threads"] != torch.get_num_threads():
+            log.warning(
+                "the run so far used %d CPU threads, this process uses %d: results stay correct but not bit for bit"
+                " equal; set runtime.threads=%d for that",
+                state["threads"],
+                torch.get_num_threads(),
+                state["threads"],
+            )
+        return {"step": state["step"], "progress": state["progress"]}
+    return None
+
+
+def load_best(run_dir: Path, towers: nn.Module, loss_fn: nn.Module, step: int) -> None:
+    """Restore the weights of checkpoints/step_<step>. Raises ValueError when they cannot be read."""
+    state = _read(checkpoint_dir(run_dir, step))
+    if state is None:
+        raise ValueError(f"{checkpoint_dir(run_dir, step)}: the best checkpoint cannot be read; train again with name=")
+    towers.load_state_dict(state["towers"])
+    loss_fn.load_state_dict(state["loss"])
+
+
+def _read(folder: Path) -> dict | None:
+    try:
+        state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load has no narrow error of its own: zip, pickle and OS errors all occur
+        log.warning("%s is damaged and left out (%s)", folder / "state.pt", error)
+        return None
+    if state.get("format") != _FORMAT:
+        raise ValueError(f"{folder}: checkpoint format {state.get('format')}, this version reads {_FORMAT}; use name=")
+    return state
+
+
+def _clear_leftovers(run_dir: Path) -> None:
+    """Remove what a kill left half-written."""
+    for folder in (run_dir / "checkpoints").glob(".step_*"):
+        shutil.rmtree(folder, ignore_errors=True)
+    for link in (run_dir / "checkpoints").glob(".best.*"):
+        link.unlink(missing_ok=True)

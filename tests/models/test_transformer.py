@@ -1,0 +1,236 @@
+"""The packed encoder against transformers, on ragged batches: hidden states and parameter gradients."""
+
+import numpy as np
+import pytest
+import torch
+from torch.autograd import gradcheck
+
+from models import attention
+from models.attention import GroupedAttention, length_groups
+from models.pretrained import load_encoder
+from models.towers import pool
+from models.transformer import Dropout, pack, relative_bucket
+
+LENGTHS = [61, 37, 37, 20, 5, 5, 5, 1]
+BOUND = 2e-5  # the issue's; fp32 sums of a few hundred terms differ by a few 1e-6 at most
+
+
+def save_tiny(layout: str, folder) -> None:
+    """A small random model of each layout, saved by transformers itself."""
+    import transformers as hf
+
+    common = dict(
+        vocab_size=99,
+        hidden_size=32,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        intermediate_size=48,
+        max_position_embeddings=80,
+    )
+    torch.manual_seed(0)
+    model = {
+        "bert": lambda: hf.BertModel(hf.BertConfig(**common), add_pooling_layer=False),
+        "xlm-roberta": lambda: hf.XLMRobertaModel(
+            hf.XLMRobertaConfig(**common, pad_token_id=1), add_pooling_layer=False
+        ),
+        "mpnet": lambda: hf.MPNetModel(hf.MPNetConfig(**common), add_pooling_layer=False),
+        "modernbert": lambda: hf.ModernBertModel(
+            hf.ModernBertConfig(
+                **common, local_attention=16, pad_token_id=0, bos_token_id=2, eos_token_id=1, cls_token_id=2,
+                sep_token_id=1,
+            )  # fmt: skip
+        ),
+    }[layout]()
+    with torch.no_grad():  # the usual initial spread of .02 would leave attention uniform
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1 and "embeddings" not in name:
+                parameter.normal_(std=0.2)
+    model.save_pretrained(folder)
+
+
+def random_texts(vocab: int = 99) -> list[np.ndarray]:
+    rng = np.random.default_rng(0)
+    return [rng.integers(5, vocab, n) for n in LENGTHS]
+
+
+def hf_hidden(model, texts) -> torch.Tensor:
+    """Hidden states of the real tokens, packed, from a padded batch."""
+    pad = model.config.pad_token_id or 0
+    ids = torch.full((len(texts), max(map(len, texts))), pad)
+    mask = torch.zeros_like(ids)
+    for row, text in enumerate(texts):
+        ids[row, : len(text)] = torch.from_numpy(text)
+        mask[row, : len(text)] = 1
+    return model(input_ids=ids, attention_mask=mask).last_hidden_state[mask.bool()]
+
+
+@pytest.mark.parametrize("layout", ["bert", "xlm-roberta", "mpnet", "modernbert"])
+@pytest.mark.parametrize("way", ["grouped", "padded"])
+def test_hidden_states_and_gradients_equal_transformers(layout, way, tmp_path, monkeypatch):
+    """A wrong position offset, window, bias bucket or fused-qkv order shows here and nowhere earlier."""
+    from transformers import AutoModel
+
+    save_tiny(layout, tmp_path)
+    theirs = AutoModel.from_pretrained(tmp_path, attn_implementation="eager").eval()
+    ours = load_encoder(tmp_path)[0].eval()
+    monkeypatch.setattr("models.transformer.choose_attention", lambda *a, **k: way)
+    texts = random_texts()
+    hidden_TC, expected_TC = ours(pack(texts)), hf_hidden(theirs, texts)
+    assert (hidden_TC - expected_TC).abs().max() <= BOUND
+
+    weight_TC = torch.randn(expected_TC.shape, generator=torch.Generator().manual_seed(1)) / 10
+    (hidden_TC * weight_TC).sum().backward()
+    (expected_TC * weight_TC).sum().backward()
+    theirs_by_size = dict(theirs.named_parameters())
+    compared = 0
+    for name, parameter in ours.named_parameters():
+        reference = _matching_gradient(name, theirs_by_size)
+        if reference is not None:
+            error = (parameter.grad - reference).abs().max() / max(1.0, reference.abs().max())
+            assert error <= BOUND, name
+            compared += 1
+    assert compared == len(list(ours.parameters()))
+
+
+def _matching_gradient(name: str, theirs: dict) -> torch.Tensor | None:
+    """The gradient of transformers' weight(s) behind one of our names; spelled out here, not read from our map."""
+    words = name.split(".")
+    if words[0] == "embeddings":
+        keys = {"word": ("word_embeddings", "tok_embeddings"), "position": ("position_embeddings",),
+                "token_type": ("token_type_embeddings",), "norm": ("LayerNorm", "norm")}[words[1]]  # fmt: skip
+        return next(theirs[f"embeddings.{k}.{words[2]}"].grad for k in keys if f"embeddings.{k}.{words[2]}" in theirs)
+    if words[0] == "relative_bias":
+        return theirs["encoder.relative_attention_bias.weight"].grad
+    if words[0] == "final_norm":
+        return theirs["final_norm.weight"].grad
+    number, part, kind = words[1], ".".join(words[2:-1]), words[-1]
+    modern = {"attention.qkv": "attn.Wqkv", "attention.out": "attn.Wo", "mlp.up": "mlp.Wi", "mlp.down": "mlp.Wo",
+              "attention_norm": "attn_norm", "mlp_norm": "mlp_norm"}  # fmt: skip
+    if f"layers.{number}.{modern[part]}.{kind}" in theirs:
+        return theirs[f"layers.{number}.{modern[part]}.{kind}"].grad
+    layer = f"encoder.layer.{number}"
+    if part == "attention.qkv":
+        for names in (("attention.self.query", "attention.self.key", "attention.self.value"),
+                      ("attention.attn.q", "attention.attn.k", "attention.attn.v")):  # fmt: skip
+            if f"{layer}.{names[0]}.{kind}" in theirs:
+                return torch.cat([theirs[f"{layer}.{n}.{kind}"].grad for n in names])
+    choices = {
+        "attention.out": ("attention.output.dense", "attention.attn.o"),
+        "attention_norm": ("attention.output.LayerNorm", "attention.LayerNorm"),
+        "mlp.up": ("intermediate.dense",),
+        "mlp.down": ("output.dense",),
+        "mlp_norm": ("output.LayerNorm",),
+    }[part]
+    return next(theirs[f"{layer}.{c}.{kind}"].grad for c in choices if f"{layer}.{c}.{kind}" in theirs)
+
+
+@pytest.mark.parametrize("half_window", [0, 3])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_grouped_attention_gradient_equals_finite_differences(half_window, with_bias):
+    """The backward is written by hand: finite differences in float64 are the judge, bias and window included."""
+    lengths = [7, 7, 4, 1]
+    generator = torch.Generator().manual_seed(0)
+    qkv = torch.randn(sum(lengths), 3, 2, 3, dtype=torch.float64, generator=generator, requires_grad=True)
+    bias = None
+    if with_bias:
+        bias = torch.randn(2, 7, 7, dtype=torch.float64, generator=generator, requires_grad=True)
+    groups = length_groups(lengths)
+    assert gradcheck(lambda x, b: GroupedAttention.apply(x, b, groups, half_window), (qkv, bias))
+
+
+def test_bf16_attention_stays_within_rounding_of_float64():
+    """The bf16 path is another piece of code (plain bmm): its error must be that of bf16, about 2^-8, no more."""
+    lengths = [9, 9, 3]
+    qkv = torch.randn(21, 3, 2, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    groups = length_groups(lengths)
+    exact = GroupedAttention.apply(qkv, None, groups, 0)
+    rounded = GroupedAttention.apply(qkv.bfloat16(), None, groups, 0).double()
+    assert (rounded - exact).abs().max() < 3 * 2**-8 * exact.abs().max()
+
+
+def test_no_text_sees_another(tmp_path):
+    """Packing must be invisible: a text alone and the same text among others give the same hidden states."""
+    save_tiny("bert", tmp_path)
+    encoder = load_encoder(tmp_path)[0].eval()
+    texts = random_texts()
+    together = encoder(pack(texts)).split(LENGTHS)
+    for text, hidden in zip(texts, together, strict=True):
+        torch.testing.assert_close(encoder(pack([text])), hidden, rtol=0, atol=2e-6)
+
+
+def test_activation_checkpointing_changes_nothing(tmp_path):
+    """Recomputed layers must draw the same dropout masks and give the same gradients, bit for bit."""
+    save_tiny("bert", tmp_path)
+    gradients = []
+    for checkpointing in (False, True):
+        encoder = load_encoder(tmp_path)[0].train()
+        for module in encoder.modules():
+            if isinstance(module, Dropout):
+                module.p = 0.3
+        encoder.activation_checkpointing = checkpointing
+        torch.manual_seed(3)
+        encoder(pack(random_texts())).square().sum().backward()
+        gradients.append([p.grad for p in encoder.parameters()])
+    for plain, again in zip(*gradients, strict=True):
+        assert torch.equal(plain, again)
+
+
+def test_dropout_keeps_the_stated_share_and_mean():
+    """Sixteen-bit draws: the share kept, the scale and the gradient must be those of dropout."""
+    torch.manual_seed(0)
+    layer = Dropout(0.1).train()
+    x = torch.ones(1001, 999, requires_grad=True)
+    y = layer(x)
+    y.sum().backward()
+    kept = (y != 0).float().mean().item()
+    assert abs(kept - 0.9) < 5 * (0.09 / x.numel()) ** 0.5  # five standard errors
+    assert torch.allclose(y[y != 0], torch.tensor(1 / 0.9), rtol=1e-4)  # p is rounded to 1 / 65,536
+    assert torch.equal(x.grad, y.detach())
+    assert layer.eval()(x) is x
+
+
+def test_relative_bucket_equals_transformers():
+    """Bucket edges are where an off-by-one hides: all distances up to beyond the maximum."""
+    from transformers.models.mpnet.modeling_mpnet import MPNetEncoder
+
+    distance = torch.arange(-600, 601)
+    theirs = MPNetEncoder.relative_position_bucket(distance, num_buckets=32)
+    assert torch.equal(relative_bucket(distance, 32, 128), theirs)
+
+
+def test_a_text_longer_than_the_positions_is_refused(tmp_path):
+    """Otherwise an index error from deep inside an embedding, or on CUDA a device assert."""
+    save_tiny("bert", tmp_path)
+    with pytest.raises(ValueError, match="81 tokens exceeds the model's 80 positions"):
+        load_encoder(tmp_path)[0](pack([np.ones(81, dtype=np.int64)]))
+
+
+@pytest.mark.parametrize("how", ["mean", "cls", "last", "max"])
+def test_pooling_equals_a_loop(how):
+    """Segment sums over a packed vector against one text at a time, prompt tokens left out."""
+    packed = pack(random_texts(), skip=np.array([3, 0, 2, 1, 0, 4, 5, 0]))
+    hidden_TC = torch.randn(sum(LENGTHS), 6, generator=torch.Generator().manual_seed(0))
+    parts = hidden_TC.split(LENGTHS)
+    skips = packed.skip_S.tolist()
+    for row, (part, skip) in enumerate(zip(parts, skips, strict=True)):
+        kept = part[skip:]
+        if how == "mean":
+            expected = kept.sum(0) / max(1, len(kept))
+        else:
+            expected = {"cls": part[0], "last": part[-1]}.get(how)
+            if how == "max":
+                if not len(kept):
+                    continue
+                expected = kept.max(0).values
+        torch.testing.assert_close(pool(hidden_TC, packed, how)[row], expected)
+
+
+def test_choice_of_attention():
+    """One table: dropout and bias leave the fast paths, and only CUDA in 16 bit takes varlen."""
+    choose = attention.choose_attention
+    assert choose("cpu", torch.float32, bias=False, dropout=0.0, compiled=False) == "grouped"
+    assert choose("cpu", torch.float32, bias=True, dropout=0.0, compiled=False) == "grouped"
+    assert choose("cpu", torch.float32, bias=False, dropout=0.1, compiled=False) == "padded"
+    assert choose("cuda", torch.bfloat16, bias=False, dropout=0.0, compiled=False) == "varlen"
+    assert choose("cuda", torch.bfloat16, bias=True, dropout=0.0, compiled=False) == "padded"
+    assert choose("cuda", torch.float32, bias=False, dropout=0.0, compiled=False) == "padded"
