@@ -129,6 +129,7 @@ def evaluate_model(
         hits = {"bm25": bm25_hits(data, c.top_k)}
     else:
         from evals.encode import encode
+        from evals.retrieval import distinct
         from models.pretrained import load_towers
         from runtime.device import pick_device
 
@@ -142,8 +143,13 @@ def evaluate_model(
         device = pick_device(c.device)
         towers = towers.to(device)
         options = {"precision": c.encode_precision, "batch_tokens": c.batch_tokens}
-        q_QD = encode(towers, data.query_texts, "query", progress="queries", **options)
-        p_ND = encode(towers, data.doc_texts, "passage", progress="documents", **options)
+        sides = {}
+        for side, texts in (("query", data.query_texts), ("passage", data.doc_texts)):
+            # each text once: copies get the same bits, so that their order is the total order's
+            some, index = distinct(texts)
+            label = "queries" if side == "query" else "documents"
+            sides[side] = encode(towers, some, side, progress=label, **options)[index]
+        q_QD, p_ND = sides["query"], sides["passage"]
         order_N = descending_ids(data.doc_ids)
         dims = sorted(set(c.dims), reverse=True) or [towers.width]
         hits = {

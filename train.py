@@ -1,6 +1,8 @@
-"""Train a retriever: python train.py +experiment=quickstart        (python train.py --help lists everything)
+"""Train a retriever: python train.py +experiment=quickstart        (python train.py --help lists
+                                                                    everything)
 
-Read top to bottom: setup, loop, result. Settings: conf/schema.py. What a run leaves behind: docs/design.md.
+Read top to bottom: setup, loop, result. Settings: conf/schema.py. What a run leaves behind:
+docs/design.md.
 """
 
 import logging
@@ -15,7 +17,7 @@ from tqdm import tqdm
 from conf.cli import main
 from conf.schema import TrainConfig
 from data.batches import Batch
-from data.datasets import Data, open_data
+from data.datasets import open_data
 from evals.final import evaluate_base, evaluate_dev, write_result
 from losses.build import build_loss
 from losses.grad_cache import train_step
@@ -41,30 +43,48 @@ def train(c: TrainConfig, run_dir: Path) -> None:
     keep_freed_memory()
     device = pick_device(c.runtime.device)
     precision = pick_precision(c.runtime.precision, device)
-    log.info("computing on %s in %s with %d CPU threads", device, precision, set_threads(c.runtime.threads))
+    log.info(
+        "computing on %s in %s with %d CPU threads",
+        device,
+        precision,
+        set_threads(c.runtime.threads),
+    )
     torch.manual_seed(c.seed)  # a fresh projection is the only thing drawn from it
     dims = sorted(c.dims or c.loss.dims, reverse=True)
     towers = build_model(c.model, dims=dims).to(device)
     dims = dims or [towers.width]
     prepare_runtime(towers, c)
-    data = open_data(c.data, towers.spec, towers.tokenizer_query, towers.tokenizer_passage, seed=c.seed)
-    base = evaluate_base(towers, data, dims, run_dir, precision=precision)  # before a single step; kept for resume
+    data = open_data(
+        c.data, towers.spec, towers.tokenizer_query, towers.tokenizer_passage, seed=c.seed
+    )
+    base = evaluate_base(
+        towers, data, dims, run_dir, precision=precision
+    )  # before a single step; kept for resume
     loss_fn = build_loss(c.loss).to(device)
     optimizer = build_optimizer(towers, loss_fn, c.optim)
     autocast = autocast_for(precision, device)
-    total_steps = c.optim.steps or math.ceil(c.optim.epochs * data.train.steps_per_epoch(c.optim.batch_size))
+    total_steps = c.optim.steps or math.ceil(
+        c.optim.epochs * data.train.steps_per_epoch(c.optim.batch_size)
+    )
     batches = data.train.batches(c, total_steps)
     state = checkpoint.load_latest(run_dir, towers, loss_fn, optimizer) if c.resume else None
     start = state["step"] if state else 0
-    progress = state["progress"] if state else {"best_value": None, "best_step": None, "bad_evaluations": 0}
+    progress = (
+        state["progress"]
+        if state
+        else {"best_value": None, "best_step": None, "bad_evaluations": 0}
+    )
     track = Tracker(c.wandb, run_dir, c)
     track.truncate(start)
     clock = Clock(start)
 
     # 2. the loop: one iteration is one optimiser step
     towers.train()
-    bar = tqdm(total=data.train.num_examples_until(c, total_steps), initial=data.train.num_examples_until(c, start),
-               unit="pair", desc="train", dynamic_ncols=True, mininterval=0.5)  # fmt: skip
+    bar = tqdm(
+        total=data.train.num_examples_until(c, total_steps),
+        initial=data.train.num_examples_until(c, start),
+        unit="pair", desc="train", dynamic_ncols=True, mininterval=0.5,
+    )  # fmt: skip
     with Interrupt() as interrupt, bar:
         for step in range(start, total_steps):
             batch = batches.batch_at(step)
@@ -94,13 +114,26 @@ def train(c: TrainConfig, run_dir: Path) -> None:
                 note_best(progress, done, values, c)
             is_best = progress["best_step"] == done
             stops_early = bool(c.early_stopping) and progress["bad_evaluations"] >= c.early_stopping
-            if is_last or is_best or stops_early or interrupt.requested or (c.save_every and done % c.save_every == 0):
+            if (
+                is_last
+                or is_best
+                or stops_early
+                or interrupt.requested
+                or (c.save_every and done % c.save_every == 0)
+            ):
                 with clock.paused():
-                    checkpoint.save(run_dir, done, towers, loss_fn, optimizer, progress, keep=c.keep_checkpoints)
+                    checkpoint.save(
+                        run_dir, done, towers, loss_fn, optimizer, progress, keep=c.keep_checkpoints
+                    )
                     if is_best:
                         checkpoint.mark_best(run_dir, done)
             if stops_early and not is_last:
-                log.info("no better %s in %d evaluations: stopping at step %d", c.best_metric, c.early_stopping, done)
+                log.info(
+                    "no better %s in %d evaluations: stopping at step %d",
+                    c.best_metric,
+                    c.early_stopping,
+                    done,
+                )
                 break
             if interrupt.requested and not is_last:
                 raise SystemExit(f"\n{interrupt.requested}: saved at step {done} of {total_steps};"
@@ -109,7 +142,9 @@ def train(c: TrainConfig, run_dir: Path) -> None:
     # 3. the result: small files that a report can read without W&B
     if progress["best_step"] is not None:
         checkpoint.load_best(run_dir, towers, loss_fn, progress["best_step"])
-    write_result(c, run_dir, towers, data, dims, base, track, clock.totals(done), precision=precision)
+    write_result(
+        c, run_dir, towers, data, dims, base, track, clock.totals(done), precision=precision
+    )
 
 
 def set_threads(threads: int) -> int:
@@ -119,7 +154,8 @@ def set_threads(threads: int) -> int:
 
 
 def prepare_runtime(towers: Towers, c: TrainConfig) -> None:
-    """Switch on activation checkpointing and torch.compile, layer by layer, without renaming a parameter."""
+    """Switch on activation checkpointing and torch.compile, layer by layer, without renaming a
+    parameter."""
     for tower in {id(t): t for t in (towers.query, towers.passage)}.values():
         tower.encoder.activation_checkpointing = c.runtime.activation_checkpointing
         if c.runtime.compile:
@@ -132,12 +168,14 @@ def trained(towers: Towers, loss_fn: torch.nn.Module) -> list[torch.nn.Parameter
 
 
 def check_finite(step: int, batch: Batch, loss: torch.Tensor, grad_norm: torch.Tensor) -> None:
-    """Raise ValueError, naming the step and its examples, before a non-finite update reaches the weights."""
+    """Raise ValueError, naming the step and its examples, before a non-finite update reaches the
+    weights."""
     if not (torch.isfinite(loss) and torch.isfinite(grad_norm)):
         ids = ", ".join(batch.example_ids[:8])
         raise ValueError(
             f"step {step + 1}: loss {loss.item()}, gradient norm {grad_norm.item()}; examples {ids}"
-            f"{', ...' if len(batch.example_ids) > 8 else ''}; lower optim.lr or look at these texts"
+            f"{', ...' if len(batch.example_ids) > 8 else ''}; lower optim.lr or look at these"
+            f" texts"
         )
 
 
@@ -176,7 +214,10 @@ class Clock:
 
     def rates(self) -> dict[str, float]:
         """Since the last call; under time.*: it depends on the clock."""
-        now, (then, examples, tokens) = self._spent(), self._last if self._last[0] < self.began else (0.0, 0, 0)
+        now, (then, examples, tokens) = (
+            self._spent(),
+            self._last if self._last[0] < self.began else (0.0, 0, 0),
+        )
         seconds = max(1e-9, now - then)
         self._last = (now, self.examples, self.tokens)
         return {

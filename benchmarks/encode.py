@@ -1,6 +1,7 @@
 """Encoding speed against a peer: python -m benchmarks.encode --peer sentence-transformers
 
-Passages of mixed lengths through both sides with the same model, each in a process of its own, by turns: once in the
+Passages of mixed lengths through both sides with the same model, each in a process of its own, by
+turns: once in the
 same precision, once as each comes by default. The median of the passes after the first counts.
 """
 
@@ -15,13 +16,19 @@ from benchmarks.step import BASE, PEAK_FLOPS
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.encode", description=__doc__)
-    parser.add_argument("--peer", choices=("sentence-transformers",), default="sentence-transformers")
+    parser.add_argument(
+        "--peer", choices=("sentence-transformers",), default="sentence-transformers"
+    )
     parser.add_argument("--base", default=BASE, help="model: folder or hub id")
-    parser.add_argument("--precision", nargs="+", choices=("fp32", "bf16", "default"), default=["fp32", "default"])
+    parser.add_argument(
+        "--precision", nargs="+", choices=("fp32", "bf16", "default"), default=["fp32", "default"]
+    )
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--texts", type=int, default=512)
     parser.add_argument("--length", type=int, default=256, help="tokens of the longest text")
-    parser.add_argument("--passes", type=int, default=3, help="in each process; the first is not counted")
+    parser.add_argument(
+        "--passes", type=int, default=3, help="in each process; the first is not counted"
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", metavar="FILE")
     parser.add_argument("--csv", action="store_true", help="append to benchmarks/data/encode.csv")
@@ -36,13 +43,19 @@ def compare(args: argparse.Namespace) -> None:
     for precision in args.precision:
         keys = ("base", "device", "texts", "length", "passes")
         options = [w for key in keys for w in (f"--{key}", str(getattr(args, key)))]
-        results = by_turns("benchmarks.encode", ["rook", args.peer], [*options, "--precision", precision], args.rounds)
+        results = by_turns(
+            "benchmarks.encode",
+            ["rook", args.peer],
+            [*options, "--precision", precision],
+            args.rounds,
+        )
         rows.append(row(f"encode l{args.length}", args.peer, precision, results))
     emit(rows, csv_name="encode.csv" if args.csv else None, json_path=args.json)
 
 
 def texts(args: argparse.Namespace) -> list[str]:
-    """Half questions, half passages of the quickstart, seeded: lengths from a few tokens to beyond the cut."""
+    """Half questions, half passages of the quickstart, seeded: lengths from a few tokens to beyond
+    the cut."""
     import numpy as np
 
     from data.pydocs import read_pydocs
@@ -52,7 +65,9 @@ def texts(args: argparse.Namespace) -> list[str]:
         raise SystemExit(f"--texts {args.texts}: this machine's Python gives {2 * len(docs)}")
     chosen = np.random.default_rng(0).permutation(len(docs))
     half = args.texts // 2
-    return [docs.queries[i] for i in chosen[:half]] + [docs.passages[i] for i in chosen[: args.texts - half]]
+    return [docs.queries[i] for i in chosen[:half]] + [
+        docs.passages[i] for i in chosen[: args.texts - half]
+    ]
 
 
 def timed(encode, args: argparse.Namespace, device) -> dict:
@@ -77,16 +92,26 @@ def work_rook(args: argparse.Namespace) -> dict:
 
     keep_freed_memory()
     device = pick_device(args.device)
-    config = ModelConfig(base=args.base, max_query_length=args.length, max_passage_length=args.length)
+    config = ModelConfig(
+        base=args.base, max_query_length=args.length, max_passage_length=args.length
+    )
     towers = build_model(config, dims=[]).to(device)
     some = texts(args)
-    precision = pick_precision("auto" if args.precision[0] == "default" else args.precision[0], device)
+    precision = pick_precision(
+        "auto" if args.precision[0] == "default" else args.precision[0], device
+    )
     result = timed(lambda: encode(towers, some, "passage", precision=precision), args, device)
     tokens = sum(min(len(e.ids), args.length) for e in towers.tokenizer_passage.encode_batch(some))
-    result |= {"ran_in": precision, "tokens_per_s": round(tokens / args.texts * result["rate"]), "padding_share": 0.0}
+    result |= {
+        "ran_in": precision,
+        "tokens_per_s": round(tokens / args.texts * result["rate"]),
+        "padding_share": 0.0,
+    }
     layers = sum(p.numel() for n, p in towers.passage.named_parameters() if ".layers." in n)
     peak = next((v for k, v in PEAK_FLOPS.items() if k in result["device"]), None)
-    return result | ({"flop_utilisation": round(2 * layers * result["tokens_per_s"] / peak, 4)} if peak else {})
+    return result | (
+        {"flop_utilisation": round(2 * layers * result["tokens_per_s"] / peak, 4)} if peak else {}
+    )
 
 
 def work_sentence_transformers(args: argparse.Namespace) -> dict:

@@ -1,11 +1,14 @@
 """Training speed against a peer: python -m benchmarks.step --peer sentence-transformers
 
-Both sides train the same model on the same pairs with the same batch, length, loss, optimiser and precision, each in a
-process of its own, by turns. A side's rate is pairs over the median time of a step, the first step left out.
+Both sides train the same model on the same pairs with the same batch, length, loss, optimiser and
+precision, each in a
+process of its own, by turns. A side's rate is pairs over the median time of a step, the first step
+left out.
 On a GPU tokens/s, the share of padding and model FLOP utilisation are reported too.
 """
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -14,19 +17,29 @@ import tempfile
 
 PEERS = ("sentence-transformers",)
 BASE = "sentence-transformers/all-MiniLM-L6-v2"
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16, from the vendor's data sheets
+PEAK_FLOPS = {
+    "H100": 989e12,
+    "H200": 989e12,
+    "A100": 312e12,
+}  # dense bf16, from the vendor's data sheets
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.step", description=__doc__)
     parser.add_argument("--peer", choices=PEERS, default="sentence-transformers")
     parser.add_argument("--base", default=BASE, help="model: folder or hub id")
-    parser.add_argument("--precision", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"])
+    parser.add_argument(
+        "--precision", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"]
+    )
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    parser.add_argument("--pairs", type=int, default=512, help="pairs of Python docstrings and bodies")
+    parser.add_argument(
+        "--pairs", type=int, default=512, help="pairs of Python docstrings and bodies"
+    )
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--length", type=int, default=256, help="tokens of the longest text")
-    parser.add_argument("--dropout", type=float, default=0.1, help="of hidden states, on both sides")
+    parser.add_argument(
+        "--dropout", type=float, default=0.1, help="of hidden states, on both sides"
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--chunk-tokens", type=int, default=16384)
     parser.add_argument("--json", metavar="FILE")
@@ -41,8 +54,15 @@ def compare(args: argparse.Namespace) -> None:
     rows = []
     for precision in args.precision:
         keys = ("base", "device", "pairs", "batch", "length", "dropout", "chunk_tokens")
-        options = [w for key in keys for w in (f"--{key.replace('_', '-')}", str(getattr(args, key)))]
-        results = by_turns("benchmarks.step", ["rook", args.peer], [*options, "--precision", precision], args.rounds)
+        options = [
+            w for key in keys for w in (f"--{key.replace('_', '-')}", str(getattr(args, key)))
+        ]
+        results = by_turns(
+            "benchmarks.step",
+            ["rook", args.peer],
+            [*options, "--precision", precision],
+            args.rounds,
+        )
         rows.append(row(f"step b{args.batch} l{args.length}", args.peer, precision, results))
     emit(rows, csv_name="step.csv" if args.csv else None, json_path=args.json)
 
@@ -77,7 +97,10 @@ def work_rook(args: argparse.Namespace) -> dict:
     keep_freed_memory()
     device = pick_device(args.device)
     model_config = ModelConfig(
-        base=args.base, max_query_length=args.length, max_passage_length=args.length, dropout=args.dropout
+        base=args.base,
+        max_query_length=args.length,
+        max_passage_length=args.length,
+        dropout=args.dropout,
     )
     towers = build_model(model_config, dims=[]).to(device)
     loss_fn = build_loss(LossConfig(temperature=0.05)).to(device)
@@ -112,16 +135,26 @@ def work_rook(args: argparse.Namespace) -> dict:
         "tokens_per_s": round(tokens / len(times) / seconds),
         "padding_share": 0.0,
     }
-    flops = 6 * sum(p.numel() for n, p in towers.query.named_parameters() if ".layers." in n) * tokens / len(times)
+    flops = (
+        6
+        * sum(p.numel() for n, p in towers.query.named_parameters() if ".layers." in n)
+        * tokens
+        / len(times)
+    )
     peak = next((v for k, v in PEAK_FLOPS.items() if k in result["device"]), None)
     return result | ({"flop_utilisation": round(flops / seconds / peak, 4)} if peak else {})
 
 
 def work_sentence_transformers(args: argparse.Namespace) -> dict:
-    """SentenceTransformerTrainer with MultipleNegativesRankingLoss, as its documentation shows it."""
+    """SentenceTransformerTrainer with MultipleNegativesRankingLoss, as its documentation shows
+    it."""
     import torch
     from datasets import Dataset
-    from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+    from sentence_transformers import (
+        SentenceTransformer,
+        SentenceTransformerTrainer,
+        SentenceTransformerTrainingArguments,
+    )
     from sentence_transformers.losses import MultipleNegativesRankingLoss
     from transformers import TrainerCallback
 
@@ -155,8 +188,12 @@ def work_sentence_transformers(args: argparse.Namespace) -> dict:
             loss=MultipleNegativesRankingLoss(model, scale=20.0),
         )  # fmt: skip
         trainer.train()
-    steps = [b - a for a, b in zip(times, times[1:], strict=False)]
-    return {"rate": args.batch / statistics.median(steps), "peak_mib": memory.mib, "device": device_name(device)}
+    steps = [b - a for a, b in itertools.pairwise(times)]
+    return {
+        "rate": args.batch / statistics.median(steps),
+        "peak_mib": memory.mib,
+        "device": device_name(device),
+    }
 
 
 def main() -> None:

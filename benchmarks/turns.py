@@ -1,6 +1,8 @@
-"""Ours against a peer in one run: each side in a process of its own, by turns, medians, peak memory.
+"""Ours against a peer in one run: each side in a process of its own, by turns, medians, peak
+memory.
 
-Rows have the keys name, peer, precision, device, rate, peer_rate, ratio, peak_mib, peer_peak_mib, and what else a
+Rows have the keys name, peer, precision, device, rate, peer_rate, ratio, peak_mib, peer_peak_mib,
+and what else a
 benchmark adds.
 """
 
@@ -30,23 +32,34 @@ def run_worker(module: str, args: Sequence[str]) -> dict:
     command = [sys.executable, "-m", module, *args]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
     if done.returncode:
-        raise SystemExit(f"{' '.join(command)} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+        raise SystemExit(
+            f"{' '.join(command)} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+        )
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def by_turns(module: str, sides: Sequence[str], args: Sequence[str], rounds: int) -> dict[str, list[dict]]:
-    """`rounds` results of each side, taken in turns so that a slow minute of the machine meets all of them."""
+def by_turns(
+    module: str, sides: Sequence[str], args: Sequence[str], rounds: int
+) -> dict[str, list[dict]]:
+    """`rounds` results of each side, taken in turns so that a slow minute of the machine meets all
+    of them."""
     results: dict[str, list[dict]] = {side: [] for side in sides}
     for turn in range(rounds):
         order = sides if turn % 2 == 0 else sides[::-1]
         for side in order:
             results[side].append(run_worker(module, ["--worker", side, *args]))
-            print(f"  round {turn + 1}/{rounds} {side}: {results[side][-1]['rate']:.1f}/s", file=sys.stderr)
+            print(
+                f"  round {turn + 1}/{rounds} {side}: {results[side][-1]['rate']:.1f}/s",
+                file=sys.stderr,
+            )
     return results
 
 
-def row(name: str, peer: str, precision: str, results: dict[str, list[dict]], ours: str = "rook") -> dict:
-    """One comparison: medians of both sides; the ratio is the median of the ratios of each round."""
+def row(
+    name: str, peer: str, precision: str, results: dict[str, list[dict]], ours: str = "rook"
+) -> dict:
+    """One comparison: medians of both sides; the ratio is the median of the ratios of each
+    round."""
 
     def median(side: str, key: str) -> float:
         return statistics.median(r[key] for r in results[side])
@@ -76,7 +89,12 @@ def emit(rows: list[dict], *, csv_name: str | None, json_path: str | None) -> No
     cells = [shown] + [[str(r[k]) for k in shown] for r in rows]
     widths = [max(len(c[i]) for c in cells) for i in range(len(shown))]
     for line in cells:
-        print("  ".join(c.ljust(w) if i < 3 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))))
+        print(
+            "  ".join(
+                c.ljust(w) if i < 3 else c.rjust(w)
+                for i, (c, w) in enumerate(zip(line, widths, strict=True))
+            )
+        )
     if json_path:
         Path(json_path).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     if csv_name:
@@ -84,7 +102,8 @@ def emit(rows: list[dict], *, csv_name: str | None, json_path: str | None) -> No
 
 
 def append_csv(path: Path, rows: list[dict]) -> None:
-    """Append rows; when a row brings new columns the file is written again with them, old cells empty."""
+    """Append rows; when a row brings new columns the file is written again with them, old cells
+    empty."""
     old = list(csv.DictReader(path.open(encoding="utf-8"))) if path.is_file() else []
     columns = list(dict.fromkeys(k for r in [*old, *rows] for k in r))
     with path.open("w", newline="", encoding="utf-8") as file:
@@ -103,7 +122,9 @@ def provenance() -> dict[str, str]:
             versions[package] = ""
     return {
         "date": date.today().isoformat(),
-        "command": " ".join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
+        "command": " ".join(
+            ["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]]
+        ),
         "cpu": cpu_name(),
         "python": platform.python_version(),
         **versions,
@@ -114,7 +135,10 @@ def cpu_name() -> str:
     """Model and the vector extensions that decide the matrix rate."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
-    name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    name = next(
+        (line.split(":")[1].strip() for line in lines if line.startswith("model name")),
+        platform.machine(),
+    )
     flags = next((line.split(":")[1].split() for line in lines if line.startswith("flags")), [])
     best = next((f for f in ("amx_bf16", "avx512_bf16", "avx512f", "avx2") if f in flags), "")
     return f"{name} x{torch.get_num_threads()} {best}".strip()

@@ -1,4 +1,5 @@
-"""Every setting of train.py and evaluate.py: type, unit, legal range. Values live in the YAML files beside this one.
+"""Every setting of train.py and evaluate.py: type, unit, legal range. Values live in the YAML files
+beside this one.
 
 Sections in TrainConfig are ordered by their effect: model, loss, data and optim may change results;
 runtime and wandb must not.
@@ -28,13 +29,18 @@ class ProjectionConfig:
     activation: str = "identity"  # identity | tanh | gelu | relu
 
     def __post_init__(self) -> None:
-        _require(self.dim >= 0, f"model.projection.dim ({self.dim}) must be >= 0; 0 means no projection")
-        _one_of("model.projection.activation", self.activation, ("identity", "tanh", "gelu", "relu"))
+        _require(
+            self.dim >= 0, f"model.projection.dim ({self.dim}) must be >= 0; 0 means no projection"
+        )
+        _one_of(
+            "model.projection.activation", self.activation, ("identity", "tanh", "gelu", "relu")
+        )
 
 
 @dataclass
 class ModelConfig:
-    """What is trained. A None means: as the base folder says, and the usual default where it says nothing."""
+    """What is trained. A None means: as the base folder says, and the usual default where it says
+    nothing."""
 
     base: str = MISSING  # folder, hub id, or a run directory of ours
     revision: str | None = None  # hub revision
@@ -50,7 +56,9 @@ class ModelConfig:
     max_passage_length: int | None = None
     dropout: float | None = None  # hidden states; None: as config.json of the base says
     attention_dropout: float = 0.0  # above 0 leaves the fast attention paths
-    freeze: list[str] = field(default_factory=list)  # query_tower | passage_tower | embeddings | layers:<n>
+    freeze: list[str] = field(
+        default_factory=list
+    )  # query_tower | passage_tower | embeddings | layers:<n>
 
     def __post_init__(self) -> None:
         if self.towers is not None:
@@ -71,7 +79,8 @@ class ModelConfig:
             )
             _require(
                 ok,
-                f"model.freeze entry {part!r} is unknown; use query_tower, passage_tower, embeddings"
+                f"model.freeze entry {part!r} is unknown; use query_tower, passage_tower,"
+                f" embeddings"
                 " or layers:<n> (the first n layers)",
             )
 
@@ -93,11 +102,13 @@ class LossConfig:
         _one_of("loss.kind", self.kind, ("infonce",))
         _require(
             self.temperature > 0,
-            f"loss.temperature ({self.temperature}) must be > 0; common values are 0.01 to 0.1 (conf/loss/infonce.yaml)",
+            f"loss.temperature ({self.temperature}) must be > 0; common values are 0.01 to 0.1"
+            f" (conf/loss/infonce.yaml)",
         )
         _require(
             0 < self.temperature_min <= self.temperature_max,
-            f"loss.temperature_min ({self.temperature_min}) and loss.temperature_max ({self.temperature_max})"
+            f"loss.temperature_min ({self.temperature_min}) and loss.temperature_max"
+            f" ({self.temperature_max})"
             " must satisfy 0 < min <= max",
         )
         _require(0 <= self.symmetric <= 1, f"loss.symmetric ({self.symmetric}) must be in [0, 1]")
@@ -107,9 +118,13 @@ class LossConfig:
         )
         _require(
             not self.dim_weights or len(self.dim_weights) == len(self.dims),
-            f"loss.dim_weights has {len(self.dim_weights)} entries, loss.dims {len(self.dims)}; give one weight a dim",
+            f"loss.dim_weights has {len(self.dim_weights)} entries, loss.dims {len(self.dims)};"
+            f" give one weight a dim",
         )
-        _require(all(w > 0 for w in self.dim_weights), f"loss.dim_weights ({self.dim_weights}) must be > 0")
+        _require(
+            all(w > 0 for w in self.dim_weights),
+            f"loss.dim_weights ({self.dim_weights}) must be > 0",
+        )
 
 
 @dataclass
@@ -117,9 +132,15 @@ class SourceConfig:
     """One data set: where it lies and how to read it."""
 
     root: str | None = None  # file or folder; a hub id for format=hub
-    format: str = "auto"  # auto (by content) | beir | jsonl | tsv | csv | parquet | hub | pydocs | toy
-    columns: dict[str, str] = field(default_factory=dict)  # ours: theirs, e.g. {query: premise, positive: hypothesis}
-    filter: dict[str, Any] = field(default_factory=dict)  # keep rows whose column equals the value, e.g. {label: 0}
+    format: str = (
+        "auto"  # auto (by content) | beir | jsonl | tsv | csv | parquet | hub | pydocs | toy
+    )
+    columns: dict[str, str] = field(
+        default_factory=dict
+    )  # ours: theirs, e.g. {query: premise, positive: hypothesis}
+    filter: dict[str, Any] = field(
+        default_factory=dict
+    )  # keep rows whose column equals the value, e.g. {label: 0}
     train_split: str = "train"
     dev_split: str = "dev"
     test_split: str = "test"
@@ -129,7 +150,9 @@ class SourceConfig:
 
     def __post_init__(self) -> None:
         _one_of(
-            "data.format", self.format, ("auto", "beir", "jsonl", "tsv", "csv", "parquet", "hub", "pydocs", "toy")
+            "data.format",
+            self.format,
+            ("auto", "beir", "jsonl", "tsv", "csv", "parquet", "hub", "pydocs", "toy"),
         )
         _require(self.weight > 0, f"data weight ({self.weight}) must be > 0")
 
@@ -138,15 +161,21 @@ class SourceConfig:
 class DataConfig(SourceConfig):
     """The data of a run: one source (the fields of SourceConfig), or several under `sets`."""
 
-    sets: dict[str, SourceConfig] = field(default_factory=dict)  # name -> source; then root stays empty
+    sets: dict[str, SourceConfig] = field(
+        default_factory=dict
+    )  # name -> source; then root stays empty
     mix: str = "mixed"  # mixed (a batch draws from all sets) | one (each batch from one set)
-    mix_temperature: float = 1.0  # set shares are proportional to (weight * size) ** (1 / mix_temperature)
+    mix_temperature: float = (
+        1.0  # set shares are proportional to (weight * size) ** (1 / mix_temperature)
+    )
     max_examples: int | None = None  # the first n training examples after a seeded shuffle
     max_negatives: int | None = None  # own negatives a query and step, sampled; None: all
     dev_fraction: float = 0.1  # used where the data has no split of its own
     test_fraction: float = 0.1
     split_seed: int = 0
-    eval_corpus: str = "split"  # passages searched where the data has no corpus: split (held-out) | all
+    eval_corpus: str = (
+        "split"  # passages searched where the data has no corpus: split (held-out) | all
+    )
     max_eval_queries: int | None = None  # dev queries used during training
     on_bad_row: str = "error"  # error | skip (counted and listed in a file)
     cache_dir: str = "artifacts/cache"
@@ -156,19 +185,29 @@ class DataConfig(SourceConfig):
         _one_of("data.mix", self.mix, ("mixed", "one"))
         _one_of("data.eval_corpus", self.eval_corpus, ("split", "all"))
         _one_of("data.on_bad_row", self.on_bad_row, ("error", "skip"))
-        _require(self.mix_temperature > 0, f"data.mix_temperature ({self.mix_temperature}) must be > 0")
+        _require(
+            self.mix_temperature > 0, f"data.mix_temperature ({self.mix_temperature}) must be > 0"
+        )
         for key in ("max_examples", "max_eval_queries"):
             value = getattr(self, key)
-            _require(value is None or value > 0, f"data.{key} ({value}) must be > 0, or null for all")
+            _require(
+                value is None or value > 0, f"data.{key} ({value}) must be > 0, or null for all"
+            )
         _require(
             self.max_negatives is None or self.max_negatives >= 0,
             f"data.max_negatives ({self.max_negatives}) must be >= 0, or null for all",
         )
         _require(
-            0 <= self.dev_fraction < 1 and 0 <= self.test_fraction < 1 and self.dev_fraction + self.test_fraction < 1,
-            f"data.dev_fraction ({self.dev_fraction}) + data.test_fraction ({self.test_fraction}) must be < 1",
+            0 <= self.dev_fraction < 1
+            and 0 <= self.test_fraction < 1
+            and self.dev_fraction + self.test_fraction < 1,
+            f"data.dev_fraction ({self.dev_fraction}) + data.test_fraction ({self.test_fraction})"
+            f" must be < 1",
         )
-        _require(not (self.sets and self.root), "set data.root for one data set or data.sets for several, not both")
+        _require(
+            not (self.sets and self.root),
+            "set data.root for one data set or data.sets for several, not both",
+        )
 
 
 @dataclass
@@ -192,16 +231,25 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         _require(self.batch_size > 0, f"optim.batch_size ({self.batch_size}) must be > 0")
-        _require(self.steps is None or self.steps > 0, f"optim.steps ({self.steps}) must be > 0, or null")
+        _require(
+            self.steps is None or self.steps > 0, f"optim.steps ({self.steps}) must be > 0, or null"
+        )
         _require(self.epochs > 0, f"optim.epochs ({self.epochs}) must be > 0")
         for key in ("lr", "eps", "temperature_lr"):
             _require(getattr(self, key) > 0, f"optim.{key} ({getattr(self, key)}) must be > 0")
         for key in ("weight_decay", "max_grad_norm", "warmup"):
             _require(getattr(self, key) >= 0, f"optim.{key} ({getattr(self, key)}) must be >= 0")
         for key in ("beta1", "beta2"):
-            _require(0 <= getattr(self, key) < 1, f"optim.{key} ({getattr(self, key)}) must be in [0, 1)")
-        _require(0 <= self.min_lr_ratio <= 1, f"optim.min_lr_ratio ({self.min_lr_ratio}) must be in [0, 1]")
-        _require(0 < self.layer_decay <= 1, f"optim.layer_decay ({self.layer_decay}) must be in (0, 1]")
+            _require(
+                0 <= getattr(self, key) < 1, f"optim.{key} ({getattr(self, key)}) must be in [0, 1)"
+            )
+        _require(
+            0 <= self.min_lr_ratio <= 1,
+            f"optim.min_lr_ratio ({self.min_lr_ratio}) must be in [0, 1]",
+        )
+        _require(
+            0 < self.layer_decay <= 1, f"optim.layer_decay ({self.layer_decay}) must be in (0, 1]"
+        )
         _one_of("optim.schedule", self.schedule, ("constant", "linear", "cosine"))
 
 
@@ -210,7 +258,8 @@ class RuntimeConfig:
     """How the work is done. Must not change results (beyond the rounding of `precision`)."""
 
     device: str = "auto"  # auto | cpu | cuda | mps
-    precision: str = "auto"  # auto | fp32 | bf16 (autocast over fp32 weights); auto: bf16 where the hardware has it
+    # auto | fp32 | bf16 (autocast over fp32 weights); auto: bf16 where the hardware has it
+    precision: str = "auto"
     chunk_tokens: int = 16384  # tokens encoded at once
     activation_checkpointing: bool = False
     compile: bool = False
@@ -241,7 +290,9 @@ class TrainConfig:
     task: str = "retrieval"
     resume: bool = False
     runs_dir: str = "runs"
-    dims: list[int] = field(default_factory=list)  # evaluated; empty: loss.dims, else the full dimension
+    dims: list[int] = field(
+        default_factory=list
+    )  # evaluated; empty: loss.dims, else the full dimension
     log_every: int = 10  # steps
     eval_every: int = 0  # steps; 0: at the end alone
     save_every: int = 0  # steps; 0: at the end alone
@@ -262,14 +313,17 @@ class TrainConfig:
             self.name not in ("", ".", "..")
             and not set(self.name) & {"/", "\0", "\n"}
             and len(self.name.encode()) <= 200,
-            f"name ({self.name!r}) must be the name of one folder: not empty, without / and at most 200 bytes;"
+            f"name ({self.name!r}) must be the name of one folder: not empty, without / and at"
+            f" most 200 bytes;"
             " runs_dir= says where it lies",
         )
         _require(self.seed >= 0, f"seed ({self.seed}) must be >= 0")
         _require(self.log_every > 0, f"log_every ({self.log_every}) must be > 0")
         for key in ("eval_every", "save_every", "early_stopping", "examples_shown"):
             _require(getattr(self, key) >= 0, f"{key} ({getattr(self, key)}) must be >= 0")
-        _require(self.keep_checkpoints >= 1, f"keep_checkpoints ({self.keep_checkpoints}) must be >= 1")
+        _require(
+            self.keep_checkpoints >= 1, f"keep_checkpoints ({self.keep_checkpoints}) must be >= 1"
+        )
         _require(
             not self.early_stopping or self.eval_every > 0,
             f"early_stopping ({self.early_stopping}) needs eval_every > 0, got {self.eval_every}",

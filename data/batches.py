@@ -1,7 +1,8 @@
-"""One optimiser step's worth of texts, as token ids and index vectors; a pure function of (seed, step, rank, world).
+"""One optimiser step's worth of texts, as token ids and index vectors; a pure function of (seed,
+step, rank, world).
 
-Shapes: E examples, P (query, positive) pairs, B distinct queries of a rank, N distinct passages of a rank,
-K known relatives at most; numbers of passages are columns over all ranks.
+Shapes: E examples, P (query, positive) pairs, B distinct queries of a rank, N distinct passages of
+a rank, K known relatives at most; numbers of passages are columns over all ranks.
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,11 +23,12 @@ class Batch:
     """What one rank encodes in one step, and what answers what.
 
     query_tokens, passage_tokens  distinct texts, int32 ids with prompt and special tokens
-    pair_query_P                  row of query_tokens; a query with several positives owns several pairs
+    pair_query_P                  row of query_tokens; a query with several positives owns several
+                                  pairs
     pair_passage_P                column of its positive
     pair_weight_P                 1 / positives of its example, float32; sums to num_examples
-    relatives_BK                  columns that are never negatives of the query: all its known positives, texts equal to
-                                  it or to them; padded with -1
+    relatives_BK                  columns that are never negatives of the query: all its known
+                                  positives, texts equal to it or to them; padded with -1
     num_examples(_global)         of this rank, of all ranks: the loss is a mean over the latter
     passage_offset                column of passage_tokens[0]
     query_prompt_tokens_B, passage_prompt_tokens_N   leading tokens left out of pooling, int32
@@ -87,12 +89,14 @@ class Ragged:
         counts = np.asarray(self.offsets[rows + 1], np.int64) - starts
         owner = np.repeat(np.arange(len(rows)), counts)
         before = np.cumsum(counts) - counts
-        return np.asarray(self.values[np.arange(len(owner)) + (starts - before)[owner]], np.int64), owner
+        values = self.values[np.arange(len(owner)) + (starts - before)[owner]]
+        return np.asarray(values, np.int64), owner
 
 
 @dataclass
 class TrainSet:
-    """One data set as numbers. Texts are numbered by first appearance; equal texts (content_hash) are one text.
+    """One data set as numbers. Texts are numbered by first appearance; equal texts (content_hash)
+    are one text.
 
     query_E                   query of each example
     positives, negatives      passages of each example
@@ -136,7 +140,10 @@ class TrainStore:
     def __post_init__(self) -> None:
         assert self.sets
         self.kept = self.kept or [None] * len(self.sets)
-        self.sizes = [len(s.query_E) if k is None else len(k) for s, k in zip(self.sets, self.kept, strict=True)]
+        self.sizes = [
+            len(s.query_E) if k is None else len(k)
+            for s, k in zip(self.sets, self.kept, strict=True)
+        ]
         self._example_base = _bases([len(s.query_E) for s in self.sets])
         self._query_base = _bases([len(s.queries) for s in self.sets])
         self._passage_base = _bases([len(s.passages) for s in self.sets])
@@ -154,14 +161,16 @@ class TrainStore:
         return sum(self.sizes)
 
     def steps_per_epoch(self, batch_size: int) -> int:
-        """Steps in which each set gives its share of num_examples examples; with one set, every example once."""
+        """Steps in which the sets give num_examples examples; with one set, every one once."""
         return _Plan.of(self, batch_size, seed=0).steps_per_epoch
 
     def num_examples_until(self, c: Any, steps: int) -> int:
         """Examples of all ranks in the first `steps` steps under the TrainConfig `c`."""
         return self.batches(c).num_examples_until(steps)
 
-    def batches(self, c: Any, total_steps: int | None = None, *, rank: int = 0, world: int = 1) -> "Batches":
+    def batches(
+        self, c: Any, total_steps: int | None = None, *, rank: int = 0, world: int = 1
+    ) -> "Batches":
         """The run's batches under the TrainConfig `c`."""
         return Batches(
             self, batch_size=c.optim.batch_size, seed=c.seed, max_negatives=c.data.max_negatives,
@@ -174,7 +183,7 @@ class TrainStore:
         return name + self.sets[part].labels[example - int(self._example_base[part])]
 
     def _number_contents(self) -> None:
-        """Give equal texts, on either side and in any set, one number, and list each query's relatives."""
+        """Number contents (equal texts on either side, in any set) and list their relatives."""
         num_queries = int(self._query_base[-1])
         hashes = [s.query_hash for s in self.sets] + [s.passage_hash for s in self.sets]
         content_U, content = np.unique(np.concatenate(hashes), return_inverse=True)
@@ -184,7 +193,8 @@ class TrainStore:
         answer = self._passage_content[self._positives.values]
         num_contents = len(content_U)
         own = np.unique(self._query_content)
-        # (query, relative) pairs as one sorted number each; the query's own text is among its relatives
+        # (query, relative) pairs as one sorted number each; the query's own text is among its
+        # relatives
         keys = np.unique(np.concatenate([asked * num_contents + answer, own * (num_contents + 1)]))
         row, relative = keys // num_contents, keys % num_contents
         offsets = np.zeros(num_contents + 1, np.int64)
@@ -192,12 +202,13 @@ class TrainStore:
         self._relatives = Ragged(offsets, relative)  # by content number
 
     def relatives(self, query_B: np.ndarray, column_N: np.ndarray) -> np.ndarray:
-        """relatives_BK of queries among the batch's passages; both are numbers of texts in this store."""
+        """relatives_BK of queries among a batch's passages, both given by number in this store."""
         content_N = self._passage_content[column_N]
         order_N = np.argsort(content_N, kind="stable")
         sorted_N = content_N[order_N]
         asked_B = self._query_content[query_B]
-        # a query with more relatives than there are columns is looked up from the side of the columns
+        # a query with more relatives than there are columns is looked up from the side of the
+        # columns
         is_wide_B = np.diff(self._relatives.offsets)[asked_B] > len(column_N)
         narrow_B = np.flatnonzero(~is_wide_B)
         content_R, owner_R = self._relatives.take(asked_B[narrow_B])
@@ -212,7 +223,8 @@ class TrainStore:
             ]
             at_N = np.minimum(np.searchsorted(related, content_N), len(related) - 1)
             hits = np.flatnonzero(related[at_N] == content_N)
-            row, column = np.concatenate([row, np.full(len(hits), b)]), np.concatenate([column, hits])
+            row = np.concatenate([row, np.full(len(hits), b)])
+            column = np.concatenate([column, hits])
         order = np.lexsort((column, row))
         row, column = row[order], column[order]
         count_B = np.bincount(row, minlength=len(query_B))
@@ -265,17 +277,14 @@ class Batches:
 
     def num_examples_until(self, steps: int) -> int:
         """Examples of all ranks in steps 0 ... steps - 1."""
-        epochs, rest = divmod(steps, self.plan.steps_per_epoch)
-        done = sum(self.plan.examples_per_epoch(e) for e in range(epochs)) if self.plan.is_by_set else 0
-        if not self.plan.is_by_set:
-            done = epochs * self.plan.examples_per_epoch(0)
-        return done + sum(self.plan.num_examples(epochs * self.plan.steps_per_epoch + k) for k in range(rest))
+        return self.plan.num_examples_until(steps)
 
     def batch_at(self, step: int) -> Batch:
         store = self.store
         example_E = self.plan.examples(step)
         query_E, positive_P, owner_P, negative_M = self._texts(step, example_E)
-        # distinct texts in order of first use; every rank finds the same, then takes its own stretch
+        # distinct texts in order of first use; every rank finds the same, then takes its own
+        # stretch
         query_B, row_E = _first_use(query_E)
         column_N, index = _first_use(np.concatenate([positive_P, negative_M]))
         column_P = index[: len(positive_P)]
@@ -303,7 +312,9 @@ class Batches:
             example_ids=_Labels(store, example_E[mine_E]),
         )
 
-    def _texts(self, step: int, example_E: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    def _texts(
+        self, step: int, example_E: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         store = self.store
         query_E = store._query_twin[store._query_E[example_E]]
         positive_P, owner_P = store._positives.take(example_E)
@@ -318,8 +329,10 @@ class Batches:
         return query_E, store._passage_twin[positive_P], owner_P, store._passage_twin[negative_M]
 
     def _stretch(self, lengths: np.ndarray) -> tuple[int, int]:
-        """This rank's part [low, high) of the texts: about the same number of tokens for each, at least one text
-        for each where there are enough."""
+        """This rank's part [low, high) of the texts.
+
+        Ranks get about the same number of tokens, and at least one text where there are enough.
+        """
         num = len(lengths)
         total = np.cumsum(lengths, dtype=np.int64)
         spare = num >= self.world
@@ -349,28 +362,38 @@ def batches(
     if steps is None and epochs is not None:
         steps = int(np.ceil(epochs * store.steps_per_epoch(batch_size)))
     return Batches(
-        store, batch_size=batch_size, seed=seed, max_negatives=max_negatives, steps=steps, rank=rank, world=world
+        store,
+        batch_size=batch_size,
+        seed=seed,
+        max_negatives=max_negatives,
+        steps=steps,
+        rank=rank,
+        world=world,
     ).starting_at(start_step)
 
 
 class _Plan:
-    """Which examples each step takes. An epoch gives set d `quota[d]` examples, with one set all of them.
+    """Which examples each step takes.
 
-    Each set is walked through in permutations of its own: every example once before any comes twice.
+    An epoch takes quota[d] examples of set d, with one set all of them. Each set is walked through
+    in permutations of its own: every example once before any comes twice.
     """
 
     @staticmethod
     def of(store: TrainStore, batch_size: int, *, seed: int) -> "_Plan":
         if batch_size <= 0:
             raise ValueError(f"optim.batch_size ({batch_size}) must be > 0")
-        return (_PlanBySet if store.mix == "one" and len(store.sets) > 1 else _Plan)(store, batch_size, seed)
-
-    is_by_set = False
+        return (_PlanBySet if store.mix == "one" and len(store.sets) > 1 else _Plan)(
+            store, batch_size, seed
+        )
 
     def __init__(self, store: TrainStore, batch_size: int, seed: int) -> None:
         self.store, self.batch_size, self.seed = store, batch_size, seed
         wanted = np.array(
-            [(s.weight * n) ** (1 / store.mix_temperature) for s, n in zip(store.sets, store.sizes, strict=True)]
+            [
+                (s.weight * n) ** (1 / store.mix_temperature)
+                for s, n in zip(store.sets, store.sizes, strict=True)
+            ]
         )
         self.quota = _apportion(wanted / wanted.sum(), store.num_examples)
         self.total = int(self.quota.sum())
@@ -382,12 +405,9 @@ class _Plan:
     def steps_per_epoch(self) -> int:
         return -(-self.total // self.batch_size)
 
-    def examples_per_epoch(self, epoch: int) -> int:
-        return self.total
-
-    def num_examples(self, step: int) -> int:
-        k = step % self.steps_per_epoch
-        return min(self.total, (k + 1) * self.batch_size) - k * self.batch_size
+    def num_examples_until(self, steps: int) -> int:
+        epochs, k = divmod(steps, self.steps_per_epoch)
+        return epochs * self.total + k * self.batch_size  # a smaller batch ends an epoch
 
     def examples(self, step: int) -> np.ndarray:
         """Numbers of the examples of a step, int64."""
@@ -398,7 +418,9 @@ class _Plan:
         example_E = np.empty(len(set_E), np.int64)
         for d in np.unique(set_E).tolist():
             is_d = set_E == d
-            example_E[is_d] = self._walk(d, epoch * int(self.quota[d]) + place_E[is_d].astype(np.int64))
+            example_E[is_d] = self._walk(
+                d, epoch * int(self.quota[d]) + place_E[is_d].astype(np.int64)
+            )
         return example_E
 
     def _walk(self, d: int, position: np.ndarray) -> np.ndarray:
@@ -421,8 +443,6 @@ class _Plan:
 class _PlanBySet(_Plan):
     """mix=one: each batch from one set; a set's last batch before it starts over may be smaller."""
 
-    is_by_set = True
-
     def __init__(self, store: TrainStore, batch_size: int, seed: int) -> None:
         super().__init__(store, batch_size, seed)
         self.batch_quota = -(-self.quota // batch_size)
@@ -431,18 +451,16 @@ class _PlanBySet(_Plan):
     def steps_per_epoch(self) -> int:
         return int(self.batch_quota.sum())
 
-    def examples_per_epoch(self, epoch: int) -> int:
-        first = epoch * self.steps_per_epoch
-        return sum(self.num_examples(step) for step in range(first, first + self.steps_per_epoch))
-
-    def num_examples(self, step: int) -> int:
-        d, _, low = self._place(step)
-        return min(self.batch_size, self.store.sizes[d] - low)
+    def num_examples_until(self, steps: int) -> int:
+        places = [self._place(step) for step in range(steps)]
+        return sum(self._high(d, low) - low for d, _, low in places)
 
     def examples(self, step: int) -> np.ndarray:
         d, lap, low = self._place(step)
-        high = min(low + self.batch_size, self.store.sizes[d])
-        return self._walk(d, lap * self.store.sizes[d] + np.arange(low, high))
+        return self._walk(d, lap * self.store.sizes[d] + np.arange(low, self._high(d, low)))
+
+    def _high(self, d: int, low: int) -> int:
+        return min(low + self.batch_size, self.store.sizes[d])
 
     def _place(self, step: int) -> tuple[int, int, int]:
         """(set, lap through it, first example within the lap) of a step."""
@@ -477,16 +495,19 @@ def _rng(*key: int) -> np.random.Generator:
 
 
 def _apportion(share_D: np.ndarray, total: int) -> np.ndarray:
-    """Whole numbers near share * total that sum to it (largest remainders), except that each is at least 1."""
+    """Whole numbers near share * total that sum to it (largest remainders); each at least 1."""
     exact_D = share_D * total
-    count_D = np.floor(exact_D + 1e-9).astype(np.int64)  # 1e-9: a share of exactly n/total must give n
-    rest = total - int(count_D.sum())
+    # 1e-9: a share of exactly n / total must give n
+    count_D = np.floor(exact_D + 1e-9).astype(np.int64)
+    rest = max(0, total - int(count_D.sum()))
     count_D[np.argsort(-(exact_D - count_D), kind="stable")[:rest]] += 1
     return np.maximum(count_D, 1)
 
 
-def _shuffled_labels(count_D: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Label d count_D[d] times in random order, and for each its number among those of the same label."""
+def _shuffled_labels(
+    count_D: np.ndarray, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """(label d count_D[d] times, in random order; number of each among those of its label)."""
     label = np.repeat(np.arange(len(count_D), dtype=np.int32), count_D)
     if len(count_D) > 1:
         label = rng.permutation(label)
@@ -510,7 +531,9 @@ def _bases(sizes: Sequence[int]) -> np.ndarray:
 
 
 def _joined(arrays: Sequence[np.ndarray], bases: np.ndarray) -> np.ndarray:
-    return np.concatenate([np.asarray(a, np.int64) + b for a, b in zip(arrays, bases[:-1], strict=True)])
+    return np.concatenate(
+        [np.asarray(a, np.int64) + b for a, b in zip(arrays, bases[:-1], strict=True)]
+    )
 
 
 def _joined_ragged(parts: Sequence[Ragged], bases: np.ndarray) -> Ragged:
@@ -520,7 +543,9 @@ def _joined_ragged(parts: Sequence[Ragged], bases: np.ndarray) -> Ragged:
 
 
 def _twins(sides: Sequence[tuple[np.ndarray, str]]) -> np.ndarray:
-    """For each text of all sets the first one with the same content and prompt: they are encoded once."""
+    """For each text of all sets the first one with the same content and prompt: they are encoded
+    once.
+    """
     num = sum(len(h) for h, _ in sides)
     if len(sides) == 1:
         return np.arange(num)

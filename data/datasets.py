@@ -1,7 +1,9 @@
-"""The data of a run: every data set read, split, tokenised and indexed once, then opened from the cache by content.
+"""The data of a run: every data set read, split, tokenised and indexed once, then opened from the
+cache by content.
 
-A data set's folder in the cache (set-<digest>) holds the training examples as texts and index vectors, the held-out
-retrieval sets, and what was found on the way: bad rows, how it was split, what leaks between the splits.
+A data set's folder in the cache (set-<digest>) holds the training examples as texts and index
+vectors, the held-out retrieval sets, and what was found on the way: bad rows, how it was split,
+what leaks between the splits.
 """
 
 # Shapes: E examples, P (example, passage) pairs, Q queries and G judgements of a retrieval set
@@ -10,6 +12,7 @@ import logging
 from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -39,8 +42,10 @@ from data.toy import TOY_VERSION, toy_examples
 
 log = logging.getLogger(__name__)
 
-INDEX_VERSION = 1  # raise it when the same files and settings would give another folder
-MAX_LEAKAGE_EXAMPLES = 200_000  # training examples compared with the held-out ones; 10 microseconds a text each
+INDEX_VERSION = 2  # raise it when the same files and settings would give another folder
+MAX_LEAKAGE_EXAMPLES = (
+    200_000  # training examples compared with the held-out ones; 10 microseconds a text each
+)
 _ENDINGS = frozenset(".jsonl .ndjson .json .tsv .csv .parquet .arrow .gz".split())
 
 
@@ -58,8 +63,9 @@ class Spec(Protocol):
 class Data:
     """What a run trains and is judged on.
 
-    dev, test  retrieval sets by name: "dev" and "test", with several data sets the names of those. The first is the one
-               to judge by; Python sources add "test-all", the test questions among the passages of every split.
+    dev, test  retrieval sets by name: "dev" and "test", with several data sets the names of those.
+               The first is the one to judge by; Python sources add "test-all", the test questions
+               among the passages of every split.
     prompts    (query, passage) prompt of each retrieval set, None for the model's own
     report     sizes, bad rows, splits and leakage, ready for JSON
     """
@@ -80,7 +86,8 @@ def open_data(
     seed: int = 0,
     vocab_size: int | None = None,
 ) -> Data:
-    """Read and tokenise the data of `c`, or open what an earlier run left in c.cache_dir for the same content.
+    """Read and tokenise the data of `c`, or open what an earlier run left in c.cache_dir for the
+    same content.
 
     spec        prompts and maximum lengths of the model
     tokenizers  with truncation and padding off
@@ -92,12 +99,25 @@ def open_data(
     train_sets, dev, test, prompts, reports = [], {}, {}, {}, {}
     for name, source in sources.items():
         folder, info = _open_set(name, source, c)
-        train_sets.append(_train_set(folder, info, name, source, c, spec, (tokenizer_query, tokenizer_passage), vocab_size))
+        train_sets.append(
+            _train_set(
+                folder,
+                info,
+                name,
+                source,
+                c,
+                spec,
+                (tokenizer_query, tokenizer_passage),
+                vocab_size,
+            )
+        )
         for key, stored in info["sets"].items():
             split, _, extra = key.partition("-")
             label = (name or split) + (f"-{extra}" if extra else "")
             found = _load_set(folder, stored, label)
-            (dev if split == "dev" else test)[label] = _limited(found, c) if split == "dev" else found
+            (dev if split == "dev" else test)[label] = (
+                _limited(found, c) if split == "dev" else found
+            )
             prompts[label] = (source.query_prompt, source.passage_prompt)
         reports[name or "data"] = info["report"]
     store = TrainStore(train_sets, mix=c.mix, mix_temperature=c.mix_temperature)
@@ -169,8 +189,8 @@ def _hub_commit(root: str) -> str:
         return str(HfApi().dataset_info(name).sha)
     except Exception as e:  # no package, no network, no such data set
         raise ValueError(
-            f"data.root={root} is no file or folder here, and the hub does not answer for it ({type(e).__name__}: {e});"
-            " check the id and the network, or give a local copy"
+            f"data.root={root} is no file or folder here, and the hub does not answer for it"
+            f" ({type(e).__name__}: {e}); check the id and the network, or give a local copy"
         ) from e
 
 
@@ -184,8 +204,12 @@ def _build(folder: Path, source: SourceConfig, c: DataConfig, list_path: Path) -
             sets, split_info = _read_sets(source, c, writer, bad)
         sizes = writer.close()
     if c.eval_corpus == "all" and not _is_beir(source):
-        sets = {key: _with_all_passages(s, folder, sets) for key, s in sets.items() if "-" not in key}
-    leakage = leakage_report({"train": _examples(folder), **{k: _judged(s) for k, s in sets.items() if "-" not in k}})
+        sets = {
+            key: _with_all_passages(s, folder, sets) for key, s in sets.items() if "-" not in key
+        }
+    leakage = leakage_report(
+        {"train": _examples(folder), **{k: _judged(s) for k, s in sets.items() if "-" not in k}}
+    )
     if sizes["examples"] > MAX_LEAKAGE_EXAMPLES:
         leakage["train_examples_compared"] = MAX_LEAKAGE_EXAMPLES
     report = {
@@ -193,19 +217,21 @@ def _build(folder: Path, source: SourceConfig, c: DataConfig, list_path: Path) -
         "format": source.format,
         "train": sizes,
         **{k: {"queries": len(s.query_ids), "passages": len(s.doc_ids)} for k, s in sets.items()},
-        "bad_rows": {"count": bad.count, "first": bad.first, "file": str(list_path) if bad.count else None},
+        "bad_rows": {
+            "count": bad.count,
+            "first": bad.first,
+            "file": str(list_path) if bad.count else None,
+        },
         "split": split_info,
         "leakage": leakage,
     }
-    return {"sets": _save_sets(folder, sets), "report": report, **_digests(writer)}
-
-
-def _digests(writer: "_Writer") -> dict[str, Any]:
-    return {"digests": writer.digests}
+    return {"sets": _save_sets(folder, sets), "report": report, "digests": writer.digests}
 
 
 def _is_beir(source: SourceConfig) -> bool:
-    return source.format == "beir" or (source.format == "auto" and detect(str(source.root)) == "beir")
+    return source.format == "beir" or (
+        source.format == "auto" and detect(str(source.root)) == "beir"
+    )
 
 
 def _made_sets(
@@ -214,7 +240,10 @@ def _made_sets(
     """Python sources and the toy set: splits of their own."""
     if source.format == "toy":
         by_split = {split: toy_examples(split) for split in SPLITS}
-        info: dict[str, Any] = {"method": "as made", "rows": {s: len(e) for s, e in by_split.items()}}
+        info: dict[str, Any] = {
+            "method": "as made",
+            "rows": {s: len(e) for s, e in by_split.items()},
+        }
     else:
         docs = read_pydocs(source.root, cache_dir=c.cache_dir)
         by_split = {split: docs.examples(split) for split in SPLITS}
@@ -225,7 +254,9 @@ def _made_sets(
     if source.format == "pydocs":
         everything = retrieval_set((e for s in SPLITS for e in by_split[s]), "test-all")
         test = sets["test"]
-        sets["test-all"] = replace(everything, query_ids=test.query_ids, query_texts=test.query_texts, qrels=test.qrels)
+        sets["test-all"] = replace(
+            everything, query_ids=test.query_ids, query_texts=test.query_texts, qrels=test.qrels
+        )
     return sets, info
 
 
@@ -259,8 +290,10 @@ def _read_sets(
             elif split is not None:
                 held[split].append(example)
         if rows != len(assignment.split_R):
-            raise ValueError(f"data.root={source.root} changed while it was read: {len(assignment.split_R)} rows, then"
-                             f" {rows}; start again")  # fmt: skip
+            raise ValueError(
+                f"data.root={source.root} changed while it was read: {len(assignment.split_R)}"
+                f" rows, then {rows}; start again"
+            )
     sets = {}
     for split in ("dev", "test"):
         if own[split] is not None:
@@ -268,7 +301,13 @@ def _read_sets(
         elif held.get(split):
             sets[split] = _held_out(source, own["train"], held[split], split, bad)
         else:
-            log.warning("%s: no %s queries (set data.%s_fraction, or give a %s split)", source.root, split, split, split)
+            log.warning(
+                "%s: no %s queries (set data.%s_fraction, or give a %s split)",
+                source.root,
+                split,
+                split,
+                split,
+            )
     return sets, info
 
 
@@ -278,21 +317,26 @@ def _own_splits(source: SourceConfig) -> dict[str, str | None]:
     own: dict[str, str | None] = {}
     if not there:
         return dict.fromkeys(SPLITS)
-    for split, asked in zip(SPLITS, (source.train_split, source.dev_split, source.test_split), strict=True):
+    for split, asked in zip(
+        SPLITS, (source.train_split, source.dev_split, source.test_split), strict=True
+    ):
         try:
             own[split] = resolve_split(source, asked)
         except ValueError:
-            if asked != split or split == "train":  # a split the user named, or one that there must be
+            # a split the user named, or one that there must be
+            if asked != split or split == "train":
                 raise ValueError(
-                    f"data.root={source.root} has no split {asked!r} to take for {split}; it has {', '.join(there)};"
-                    f" set data.{split}_split"
+                    f"data.root={source.root} has no split {asked!r} to take for {split}; it has"
+                    f" {', '.join(there)}; set data.{split}_split"
                 ) from None
             own[split] = None
     for split in ("dev", "test"):
         if own[split] == own["train"]:  # train_split=test: the rest is held out of it
             own[split] = None
     if own["dev"] is not None and own["dev"] == own["test"]:
-        raise ValueError(f"data.dev_split and data.test_split are both {own['dev']!r}; dev chooses, test judges")
+        raise ValueError(
+            f"data.dev_split and data.test_split are both {own['dev']!r}; dev chooses, test judges"
+        )
     return own
 
 
@@ -313,8 +357,12 @@ def _held_out(
     )
 
 
-def _with_all_passages(one: RetrievalSet, folder: Path, sets: dict[str, RetrievalSet]) -> RetrievalSet:
-    """data.eval_corpus=all: the set's own passages, then those of training and of the other sets."""
+def _with_all_passages(
+    one: RetrievalSet, folder: Path, sets: dict[str, RetrievalSet]
+) -> RetrievalSet:
+    """data.eval_corpus=all: the set's own passages, then those of training and of the other
+    sets.
+    """
     seen = {content_hash(t) for t in one.doc_texts}
     taken = set(one.doc_ids)
     ids, texts = list(one.doc_ids), list(one.doc_texts)
@@ -387,7 +435,9 @@ class _Writer:
         self._labels.append(example.id if same else f"{example.id} ({example.where})")
 
     def close(self) -> dict[str, int]:
-        """Sizes. Negatives that answer their query somewhere in the data are left out here, and counted."""
+        """Sizes. Negatives that answer their query somewhere in the data are left out here, and
+        counted.
+        """
         if not self._query_E:
             raise ValueError("the training split has no examples")
         query_E, positives, negatives = (
@@ -419,26 +469,37 @@ class _Writer:
             "negatives_that_are_positives": int(is_answer.sum()),
         }
         if is_answer.any():
-            log.warning("%s negatives are positives of the same query and are left out", f"{int(is_answer.sum()):,}")
+            log.warning(
+                "%s negatives are positives of the same query and are left out",
+                f"{int(is_answer.sum()):,}",
+            )
         self.digests = {"queries": self._queries.close(), "passages": self._passages.close()}
         self._labels.close()
         return sizes
 
 
 def _examples(folder: Path) -> Iterator[Example]:
-    """The training examples of a finished folder, MAX_LEAKAGE_EXAMPLES of them at most, evenly spread."""
+    """The training examples of a finished folder, MAX_LEAKAGE_EXAMPLES of them at most, evenly
+    spread.
+    """
     queries, passages, labels = (Strings(folder, n) for n in ("queries", "passages", "labels"))
     query_E, positives, negatives = _index_arrays(folder)
     num = len(query_E)
-    for e in np.unique(np.linspace(0, num - 1, min(num, MAX_LEAKAGE_EXAMPLES)).astype(np.int64)):
-        row = np.array([e])
-        yield Example(
-            query=queries[query_E[e]],
-            positives=[passages[p] for p in positives.take(row)[0]],
-            negatives=[passages[p] for p in negatives.take(row)[0]],
-            where=labels[e],
-            id=labels[e],
-        )
+    chosen = np.unique(np.linspace(0, num - 1, min(num, MAX_LEAKAGE_EXAMPLES)).astype(np.int64))
+    for start in range(0, len(chosen), 4096):
+        rows = chosen[start : start + 4096]
+        sides = []
+        for ragged in (positives, negatives):
+            values, owner = ragged.take(rows)
+            sides.append(np.split(values, np.searchsorted(owner, np.arange(1, len(rows)))))
+        for e, some, others in zip(rows.tolist(), *sides, strict=True):
+            yield Example(
+                query=queries[query_E[e]],
+                positives=[passages[p] for p in some.tolist()],
+                negatives=[passages[p] for p in others.tolist()],
+                where=labels[e],
+                id=labels[e],
+            )
 
 
 def _index_arrays(folder: Path) -> tuple[np.ndarray, Ragged, Ragged]:
@@ -504,9 +565,11 @@ def _kept(sizes: list[int], num: int, seed: int) -> list[np.ndarray]:
     """The examples of each set among the first `num` of all after a seeded shuffle."""
     bases = np.concatenate([[0], np.cumsum(sizes)])
     chosen = np.sort(np.random.default_rng([seed, num]).permutation(int(bases[-1]))[:num])
-    kept = [chosen[(chosen >= a) & (chosen < b)] - a for a, b in zip(bases, bases[1:], strict=False)]
+    kept = [chosen[(chosen >= a) & (chosen < b)] - a for a, b in pairwise(bases)]
     if not all(map(len, kept)):
-        raise ValueError(f"data.max_examples ({num}) leaves a data set without examples; sizes are {sizes}")
+        raise ValueError(
+            f"data.max_examples ({num}) leaves a data set without examples; sizes are {sizes}"
+        )
     return kept
 
 
@@ -517,7 +580,13 @@ def _judged(one: RetrievalSet) -> Iterator[Example]:
     text = dict(zip(one.doc_ids, one.doc_texts, strict=True))
     for query_id, query in zip(one.query_ids, one.query_texts, strict=True):
         answers = [text[d] for d, grade in one.qrels[query_id].items() if grade > 0]
-        yield Example(query=query, positives=answers, negatives=[], where=f"{one.name}: {query_id}", id=query_id)
+        yield Example(
+            query=query,
+            positives=answers,
+            negatives=[],
+            where=f"{one.name}: {query_id}",
+            id=query_id,
+        )
 
 
 def _save_strings(folder: Path, name: str, texts: Iterable[str]) -> None:
@@ -531,7 +600,14 @@ def _save_sets(folder: Path, sets: dict[str, RetrievalSet]) -> dict[str, dict[st
     """Set -> names of its tables. Sets over the same corpus share one."""
     stored: dict[str, dict[str, str]] = {}
     for key, one in sets.items():
-        twin = next((k for k in stored if sets[k].doc_ids == one.doc_ids and sets[k].doc_texts == one.doc_texts), None)
+        twin = next(
+            (
+                k
+                for k in stored
+                if sets[k].doc_ids == one.doc_ids and sets[k].doc_texts == one.doc_texts
+            ),
+            None,
+        )
         if twin is None:
             _save_strings(folder, f"{key}.doc_ids", one.doc_ids)
             _save_strings(folder, f"{key}.doc_texts", one.doc_texts)
@@ -539,7 +615,9 @@ def _save_sets(folder: Path, sets: dict[str, RetrievalSet]) -> dict[str, dict[st
         _save_strings(folder, f"{key}.query_texts", one.query_texts)
         doc_number = {d: n for n, d in enumerate(one.doc_ids)}
         judged_G3 = [
-            (n, doc_number[d], grade) for n, q in enumerate(one.query_ids) for d, grade in one.qrels[q].items()
+            (n, doc_number[d], grade)
+            for n, q in enumerate(one.query_ids)
+            for d, grade in one.qrels[q].items()
         ]
         np.save(folder / f"{key}.qrels.npy", np.array(judged_G3, np.int64).reshape(-1, 3))
         stored[key] = {"queries": key, "docs": stored[twin]["docs"] if twin else key}
@@ -548,7 +626,10 @@ def _save_sets(folder: Path, sets: dict[str, RetrievalSet]) -> dict[str, dict[st
 
 def _load_set(folder: Path, stored: dict[str, str], name: str) -> RetrievalSet:
     queries, docs = stored["queries"], stored["docs"]
-    doc_ids, query_ids = list(Strings(folder, f"{docs}.doc_ids")), list(Strings(folder, f"{queries}.query_ids"))
+    doc_ids, query_ids = (
+        list(Strings(folder, f"{docs}.doc_ids")),
+        list(Strings(folder, f"{queries}.query_ids")),
+    )
     qrels: dict[str, dict[str, int]] = {q: {} for q in query_ids}
     for q, d, grade in np.load(folder / f"{queries}.qrels.npy").tolist():
         qrels[query_ids[q]][doc_ids[d]] = grade
@@ -566,7 +647,9 @@ def _limited(one: RetrievalSet, c: DataConfig) -> RetrievalSet:
     """At most data.max_eval_queries of the queries, over all the passages."""
     if c.max_eval_queries is None or len(one.query_ids) <= c.max_eval_queries:
         return one
-    chosen = np.random.default_rng(c.split_seed).permutation(len(one.query_ids))[: c.max_eval_queries]
+    chosen = np.random.default_rng(c.split_seed).permutation(len(one.query_ids))[
+        : c.max_eval_queries
+    ]
     rows = np.sort(chosen).tolist()
     query_ids = [one.query_ids[i] for i in rows]
     return replace(

@@ -1,8 +1,9 @@
 """Pairs (docstring, code) from Python sources on this machine. Files are parsed, never imported.
 
-The query is the first paragraph of a public function's, method's or class's docstring, the passage its signature
-and body without the docstring. A module is in one split alone, chosen by the md5 of its dotted name.
-Imports nothing but the standard library: it also runs as the worker process that parses half of the files.
+The query is the first paragraph of a public function's, method's or class's docstring, the passage
+its signature and body without the docstring. A module is in one split alone, chosen by the md5 of
+its dotted name. Imports nothing but the standard library: it also runs as the worker process that
+parses half of the files.
 """
 
 import ast
@@ -30,22 +31,24 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-EXTRACTION_VERSION = 1  # raise it when the same files would give other pairs
+EXTRACTION_VERSION = 2  # raise it when the same files would give other pairs
 MIN_QUERY_WORDS, MAX_QUERY_WORDS = 4, 40
 MIN_BODY_CHARS, MAX_PASSAGE_CHARS = 80, 1200
 DEFAULT_PACKAGES = ("numpy", "torch")
 SPLITS = ("train", "dev", "test")
 # folders that hold tests, copies of other projects, tables of characters or installed packages
 SKIPPED_FOLDERS = frozenset(
-    "test tests testing _testing idle_test optests encodings _vendor vendor vendored _vendored third_party "
-    "site-packages dist-packages node_modules".split()
+    "test tests testing _testing idle_test optests encodings _vendor vendor vendored _vendored"
+    " third_party site-packages dist-packages node_modules".split()
 )
 _FILES_WORTH_A_PROCESS = 400  # below, starting a second interpreter costs more than it saves
 
 
 @dataclass
 class PyDocs:
-    """Columns of equal length, one row a pair, in the order of the sorted files; `report` says what was left out."""
+    """Columns of equal length, one row a pair, in the order of the sorted files; `report` says what
+    was left out.
+    """
 
     queries: list[str] = field(default_factory=list)
     passages: list[str] = field(default_factory=list)
@@ -71,7 +74,8 @@ class PyDocs:
                 positives=[self.passages[i]],
                 negatives=[],
                 where=self.wheres[i],
-                id=self.names[i],
+                # not the passage's id: scoring skips a document with the id of its query
+                id="q:" + self.names[i],
                 positive_ids=[self.names[i]],
             )
             for i in self.rows(split)
@@ -85,13 +89,17 @@ def split_of(module: str) -> str:
 
 
 def default_roots() -> list[Path]:
-    """Folders of the standard library, numpy and torch of the running interpreter, found without importing them."""
+    """Folders of the standard library, numpy and torch of the running interpreter, found without
+    importing them.
+    """
     roots = [Path(sysconfig.get_path("stdlib"))]
     for package in DEFAULT_PACKAGES:
         spec = importlib.util.find_spec(package)  # of a top-level name: imports nothing
         if spec is None or not spec.submodule_search_locations:
-            raise ValueError(f"data.format=pydocs: package {package!r} is not installed in {sys.prefix}; install it"
-                             " or name a folder of Python with data.root")  # fmt: skip
+            raise ValueError(
+                f"data.format=pydocs: package {package!r} is not installed in {sys.prefix};"
+                " install it or name a folder of Python with data.root"
+            )
         roots.append(Path(next(iter(spec.submodule_search_locations))))
     return roots
 
@@ -99,16 +107,15 @@ def default_roots() -> list[Path]:
 def python_files(root: Path) -> Iterator[tuple[str, Path]]:
     """(dotted module name, path) of every Python file under `root`, sorted by path.
 
-    Hidden folders and SKIPPED_FOLDERS below `root` are left out; a root that is a package starts its modules' names.
+    Hidden folders and SKIPPED_FOLDERS below `root` are left out; a root that is a package starts
+    its modules' names.
     """
     if root.is_file():
         yield root.stem, root
         return
     prefix = (root.name,) if (root / "__init__.py").exists() else ()
     for folder, subfolders, names in os.walk(root):
-        subfolders[:] = sorted(
-            s for s in subfolders if s not in SKIPPED_FOLDERS and not s.startswith((".", "__pyc"))
-        )
+        subfolders[:] = sorted(s for s in subfolders if not _is_skipped(Path(folder, s)))
         for name in sorted(names):
             if name.endswith(".py"):
                 path = Path(folder, name)
@@ -130,25 +137,33 @@ def source_files(root: str | Path | None = None) -> list[tuple[str, Path]]:
         return [f for r in default_roots() for f in python_files(r)]
     path = Path(root).expanduser()
     if not path.exists():
-        raise ValueError(f"data.root={root}: no such file or folder; name a folder of Python files, or leave data.root"
-                         " empty for the standard library, numpy and torch")  # fmt: skip
+        raise ValueError(
+            f"data.root={root}: no such file or folder; name a folder of Python files, or leave"
+            " data.root empty for the standard library, numpy and torch"
+        )
     files = list(python_files(path))
     if not files or files[0][1].suffix != ".py":
-        raise ValueError(f"data.root={root}: expected .py files, found none (looked in every folder but hidden ones,"
-                         f" virtual environments and {', '.join(sorted(SKIPPED_FOLDERS))})")  # fmt: skip
+        raise ValueError(
+            f"data.root={root}: expected .py files, found none (looked in every folder but hidden"
+            f" ones, virtual environments and {', '.join(sorted(SKIPPED_FOLDERS))})"
+        )
     return files
 
 
 def sources_digest(root: str | Path | None = None) -> str:
-    """Hex digest of all that read_pydocs(root) depends on: names and bytes of the files, and this extraction."""
+    """Hex digest of all that read_pydocs(root) depends on: names and bytes of the files, and this
+    extraction.
+    """
     return _key(source_files(root))
 
 
 def read_pydocs(root: str | Path | None = None, *, cache_dir: str | Path | None = None) -> PyDocs:
     """Pairs from the Python under `root` (None: standard library, numpy and torch).
 
-    cache_dir  holds the extracted pairs under a digest of every file's name and bytes; None: no cache
-    Raises ValueError when the folder has no Python file or too few documented functions, with counts of what was seen.
+    cache_dir  holds the extracted pairs under a digest of every file's name and bytes; None: no
+               cache
+    Raises ValueError when the folder has no Python file or too few documented functions, with
+    counts of what was seen.
     """
     files = source_files(root)
     shown = "the default folders" if root is None else str(root)
@@ -196,11 +211,14 @@ def _write_cache(path: Path, docs: PyDocs) -> None:
 
 
 def _extract_all(files: Sequence[tuple[str, Path]]) -> list[list]:
-    """Rows of `_extract_file` for every file, in order; a second interpreter parses every other file when many."""
+    """Rows of `_extract_file` for every file, in order; a second interpreter parses every other
+    file when many.
+    """
     work = [(module, str(path)) for module, path in files]
     if len(work) < _FILES_WORTH_A_PROCESS or (os.cpu_count() or 1) < 2:
         return [_extract_file(*w) for w in work]
-    # an interpreter of its own instead of a fork: the caller may hold threads of torch and of the tokenizer
+    # an interpreter of its own instead of a fork: the caller may hold threads of torch and of the
+    # tokenizer
     command = [sys.executable, "-I", "-W", "ignore", os.path.abspath(__file__)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as worker:
         worker.stdin.write(json.dumps(work[1::2]).encode())
@@ -234,7 +252,9 @@ class _no_gc:
 
 
 def _extract_file(module: str, path: str) -> list:
-    """[module, path, error or "", counts of what was left out, [[qualified name, line, query, passage], ...]]."""
+    """[module, path, error or "", counts of what was left out, [[qualified name, line, query,
+    passage], ...]].
+    """
     counts: Counter[str] = Counter()
     pairs: list[list] = []
     try:
@@ -260,7 +280,9 @@ def _extract_file(module: str, path: str) -> list:
 def _definitions(
     body: Sequence[ast.stmt], prefix: str, counts: Counter[str]
 ) -> Iterator[tuple[str, ast.AST]]:
-    """Public functions and classes of a module, methods of public classes, those under `if` and `try` included."""
+    """Public functions and classes of a module, methods of public classes, those under `if` and
+    `try` included.
+    """
     for node in body:
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
             if node.name.startswith("_"):
@@ -348,8 +370,8 @@ def _select(files: list[list], shown: str) -> PyDocs:
     num_seen = dropped.pop("seen", 0)
     reasons = ", ".join(f"{n:,} {reason}" for reason, n in sorted(dropped.items())) or "none"
     seen = (
-        f"{len(files):,} Python files ({len(unparsable)} do not parse), {num_seen:,} public functions and classes;"
-        f" left out: {reasons}"
+        f"{len(files):,} Python files ({len(unparsable)} do not parse), {num_seen:,} public"
+        f" functions and classes; left out: {reasons}"
     )
     if unparsable:
         log.warning(
@@ -358,10 +380,12 @@ def _select(files: list[list], shown: str) -> PyDocs:
             unparsable[0],
         )
     if len(modules) < 3:
-        raise ValueError(f"data.root={shown}: {len(docs)} usable pairs in {len(modules)} modules, need pairs in at"
-                         f" least 3 modules to hold a dev and a test module out; seen: {seen}. A usable pair has a"
-                         f" docstring whose first paragraph has {MIN_QUERY_WORDS} to {MAX_QUERY_WORDS} words and a"
-                         f" body of at least {MIN_BODY_CHARS} characters")  # fmt: skip
+        raise ValueError(
+            f"data.root={shown}: {len(docs)} usable pairs in {len(modules)} modules, need pairs in"
+            f" at least 3 modules to hold a dev and a test module out; seen: {seen}. A usable pair"
+            f" has a docstring whose first paragraph has {MIN_QUERY_WORDS} to {MAX_QUERY_WORDS}"
+            f" words and a body of at least {MIN_BODY_CHARS} characters"
+        )
     moved = _fill_empty_splits(modules)
     docs.splits = [modules[m] for m in module_of]
     docs.report = {
@@ -379,7 +403,9 @@ def _select(files: list[list], shown: str) -> PyDocs:
 
 
 def _fill_empty_splits(modules: dict[str, str]) -> dict[str, str]:
-    """In a small code base the md5 rule can leave a split empty: move one module there, the first by md5."""
+    """In a small code base the md5 rule can leave a split empty: move one module there, the first
+    by md5.
+    """
     moved = {}
     for split in SPLITS:
         if split in modules.values():

@@ -1,4 +1,5 @@
-"""Texts as token ids: tokenised once ever, kept in a memory-mapped file under a digest of everything they depend on.
+"""Texts as token ids: tokenised once ever, kept in a memory-mapped file under a digest of
+everything they depend on.
 
 Shapes: T tokens of a text, n texts.
 """
@@ -32,27 +33,36 @@ def special_ends(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
         is_text = [i for i, is_special in enumerate(encoding.special_tokens_mask) if not is_special]
         if is_text:
             return encoding.ids[: is_text[0]], encoding.ids[is_text[-1] + 1 :]
-    raise ValueError(f"the tokenizer finds no token in any of {_PROBES}; is its tokenizer.json whole?")
+    raise ValueError(
+        f"the tokenizer finds no token in any of {_PROBES}; is its tokenizer.json whole?"
+    )
 
 
-def tokenise(tokenizer: Tokenizer, texts: Sequence[str], prompt: str, max_length: int) -> list[np.ndarray]:
-    """int32 ids (T,) of each prompt + text with special tokens, T <= max_length; equal to tokenizers' own truncation.
+def tokenise(
+    tokenizer: Tokenizer, texts: Sequence[str], prompt: str, max_length: int
+) -> list[np.ndarray]:
+    """int32 ids (T,) of each prompt + text with special tokens, T <= max_length; equal to
+    tokenizers' own truncation.
 
     tokenizer   with truncation and padding off
     prompt      put before the raw text, as sentence-transformers does; "" for none
-    max_length  tokens, prompt and special tokens included; the text's end is cut, the closing special tokens stay
-    Raises ValueError when max_length leaves no room for text, when a text has no token, and when the tokenizer
-    truncates or pads by itself.
+    max_length  tokens, prompt and special tokens included; the text's end is cut, the closing
+                special tokens stay
+    Raises ValueError when max_length leaves no room for text, when a text has no token, and when
+    the tokenizer truncates or pads by itself.
     """
     if tokenizer.truncation is not None or tokenizer.padding is not None:
         raise ValueError(
-            f"the tokenizer truncates ({tokenizer.truncation}) or pads ({tokenizer.padding}) by itself;"
-            " call its no_truncation() and no_padding(): files on the hub may carry both"
+            f"the tokenizer truncates ({tokenizer.truncation}) or pads ({tokenizer.padding}) by"
+            " itself; call its no_truncation() and no_padding(): files on the hub may carry both"
         )
     front, back = special_ends(tokenizer)
     num_special = len(front) + len(back)
     if max_length <= num_special:
-        raise ValueError(f"a maximum length of {max_length} tokens leaves no room for text: {num_special} are special")
+        raise ValueError(
+            f"a maximum length of {max_length} tokens leaves no room for text:"
+            f" {num_special} are special"
+        )
     tail = np.array(back, np.int32)
     tokens = []
     for start in range(0, len(texts), BLOCK_TEXTS):
@@ -62,15 +72,19 @@ def tokenise(tokenizer: Tokenizer, texts: Sequence[str], prompt: str, max_length
             if len(ids_T) > max_length:
                 ids_T = np.concatenate([ids_T[: max_length - len(tail)], tail])
             if not len(ids_T):
-                raise ValueError(f"the tokenizer finds no token in {text[:60]!r}; leave that text out")
+                raise ValueError(
+                    f"the tokenizer finds no token in {text[:60]!r}; leave that text out"
+                )
             tokens.append(ids_T)
     return tokens
 
 
 def num_prompt_tokens(tokenizer: Tokenizer, prompt: str, max_length: int | None = None) -> int:
-    """Leading tokens that pooling leaves out where prompts do not count: the prompt and the opening special tokens.
+    """Leading tokens that pooling leaves out where prompts do not count: the prompt and the opening
+    special tokens.
 
-    As sentence-transformers counts them: the prompt tokenised alone, less the closing special tokens. 0 without a prompt.
+    As sentence-transformers counts them: the prompt tokenised alone, less the closing special
+    tokens. 0 without a prompt.
     """
     if not prompt:
         return 0
@@ -93,7 +107,8 @@ class TokenStore:
         self._offsets = np.load(folder / "offsets.npy")
         path = folder / "tokens.bin"
         # an empty file cannot be mapped
-        self._tokens = np.memmap(path, dtype, "r") if path.stat().st_size else np.zeros(0, dtype)
+        tokens = np.memmap(path, dtype, "r") if path.stat().st_size else np.zeros(0, dtype)
+        self._tokens = tokens.view(np.ndarray)  # slices of a memmap object cost five times as much
         self.length_n = np.diff(self._offsets).astype(np.int32)
 
     def __len__(self) -> int:
@@ -123,7 +138,8 @@ def open_token_store(
 ) -> TokenStore:
     """The texts as tokens, from cache_dir or made now; `texts` is only called to make them.
 
-    texts         gives the texts as a stream; what is held at once is a block of them and 8 bytes a text
+    texts         gives the texts as a stream; what is held at once is a block of them and 8 bytes a
+                  text
     texts_digest  of all texts in order: names the store, with tokenizer, prompt and max_length
     vocab_size    rows of the model's embedding table; None: not checked
     what          for the log and the progress bar
@@ -131,21 +147,34 @@ def open_token_store(
     """
     tokenizer_json = tokenizer.to_str().encode()
     key = digest_of(
-        STORE_VERSION, texts_digest, num_texts, blake2b(tokenizer_json, digest_size=16).hexdigest(), prompt, max_length
+        STORE_VERSION,
+        texts_digest,
+        num_texts,
+        blake2b(tokenizer_json, digest_size=16).hexdigest(),
+        prompt,
+        max_length,
     )
     folder = Path(cache_dir) / f"tokens-{key}"
     dtype = "<u2" if tokenizer.get_vocab_size(with_added_tokens=True) <= 1 << 16 else "<i4"
 
     def build(temporary: Path) -> dict:
         return _build(
-            temporary, texts(), tokenizer, prompt, max_length, num_texts=num_texts, dtype=dtype, what=what
+            temporary,
+            texts(),
+            tokenizer,
+            prompt,
+            max_length,
+            num_texts=num_texts,
+            dtype=dtype,
+            what=what,
         )
 
     info = built_once(folder, build, what=f"tokens of {num_texts:,} {what}")
     if vocab_size is not None and info["largest_id"] >= vocab_size:
+        token = tokenizer.id_to_token(info["largest_id"])
         raise ValueError(
-            f"the tokenizer makes id {info['largest_id']} ({tokenizer.id_to_token(info['largest_id'])!r}) of the"
-            f" {what}, but the model has {vocab_size} token embeddings: tokenizer.json belongs to another model"
+            f"the tokenizer makes id {info['largest_id']} ({token!r}) of the {what}, but the model"
+            f" has {vocab_size} token embeddings: tokenizer.json belongs to another model"
         )
     return TokenStore(folder, dtype=info["dtype"], num_prompt_tokens=info["num_prompt_tokens"])
 

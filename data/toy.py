@@ -1,7 +1,8 @@
 """A small made-up retrieval set: seconds to learn, no files. For tests and for trying things out.
 
-Each topic has a few words in two invented languages. A passage uses its topic's words in the first, a query in the
-second, with a few words common to both: words alone find some answers, learned translations the rest.
+Each topic has a few words in two invented languages. A passage uses its topic's words in the first,
+a query in the second, with a few words common to both: words alone find some answers, learned
+translations the rest.
 """
 
 import random
@@ -19,7 +20,8 @@ _FILLERS = ("the", "of", "and", "is", "a", "to", "in", "for", "with", "on")
 
 
 def toy_examples(split: str, *, seed: int = 0) -> list[Example]:
-    """The examples of train, dev or test, always the same for one seed; texts of different splits differ.
+    """The examples of train, dev or test, always the same for one seed; texts of different splits
+    differ.
 
     Some training queries have two positives, some a negative.
     """
@@ -28,10 +30,13 @@ def toy_examples(split: str, *, seed: int = 0) -> list[Example]:
     rng = random.Random(f"rook toy {seed}")
     words = [_words(rng, syllables, _NUM_TOPICS * _WORDS_A_TOPIC) for syllables in _SYLLABLES]
     topics = [
-        [tuple(w[t * _WORDS_A_TOPIC + i] for w in words) for i in range(_WORDS_A_TOPIC)] for t in range(_NUM_TOPICS)
+        [tuple(w[t * _WORDS_A_TOPIC + i] for w in words) for i in range(_WORDS_A_TOPIC)]
+        for t in range(_NUM_TOPICS)
     ]
     seen: set[str] = set()
-    by_split = {s: [_example(rng, s, n, topics, seen) for n in range(size)] for s, size in SIZES.items()}
+    by_split = {
+        s: [_example(rng, s, n, topics, seen) for n in range(size)] for s, size in SIZES.items()
+    }
     return by_split[split]
 
 

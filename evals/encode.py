@@ -48,7 +48,12 @@ def encode(
     was_training = tower.training
     tower.eval()
     out_nD = np.empty((len(texts), towers.width), np.float32)
-    with tqdm(total=len(texts), desc=progress, unit="text", disable=not progress, leave=False) as bar, autocast():
+    with (
+        tqdm(
+            total=len(texts), desc=progress, unit="text", disable=not progress, leave=False
+        ) as bar,
+        autocast(),
+    ):
         for rows in chunks(np.array([len(t) for t in tokens]), batch_tokens):
             skips = np.full(len(rows), skip) if skip else None
             packed = pack([tokens[i] for i in rows], device, skip=skips)

@@ -1,17 +1,17 @@
-"""What a training run says about itself: base before the first step, dev while it runs, result.json at the end."""
+"""What a training run says about itself: base before the first step, dev while it runs, result.json
+at the end."""
 
 import json
 import logging
 import resource
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from conf.schema import TrainConfig
 from data.datasets import Data
-from data.records import RetrievalSet
 from evals import report
 from evals.bm25 import bm25_hits
 from evals.metrics import evaluate_hits
@@ -26,30 +26,38 @@ log = logging.getLogger(__name__)
 FIRST_HITS = 10  # kept a query and system, for the examples of the report
 
 
-def evaluate_base(towers: Towers, data: Data, dims: Sequence[int], run_dir: Path, *, precision: str) -> dict:
-    """Per-query metrics and first hits of the untrained model on every test set; read back when a run resumes.
+def evaluate_base(
+    towers: Towers, data: Data, dims: Sequence[int], run_dir: Path, *, precision: str
+) -> dict:
+    """Per-query metrics and first hits of the untrained model on every test set; read back when a
+    run resumes.
 
-    {set: {dim: {"query_ids": [..], "per_query": {metric: [..]}, "first_hits": {query id: [document ids]}}}}; the widest
+    {set: {dim: {"query_ids": [..], "per_query": {metric: [..]}, "first_hits": {query id: [document
+    ids]}}}}; the widest
     dim of each set also has "scores", a sample of relevant and random pairs.
     """
     path = run_dir / "base.json"
     if path.is_file():
         return json.loads(path.read_text(encoding="utf-8"))
-    base = _evaluate(towers, data.test, dims, precision=precision, progress="base")
+    base = _evaluate(towers, data, dims, precision=precision, progress="base")
     write_json_atomic(path, base)
     return base
 
 
 def _evaluate(
-    towers: Towers, sets: Mapping[str, RetrievalSet], dims: Sequence[int], *, precision: str, progress: str
+    towers: Towers, data: Data, dims: Sequence[int], *, precision: str, progress: str
 ) -> dict:
-    embedded = encode_sets(towers, sets, precision=precision, progress=progress)
+    embedded = encode_sets(
+        towers, data.test, prompts=data.prompts, precision=precision, progress=progress
+    )
     result = {}
-    for name, data in sets.items():
-        scored = score(*embedded[name], data, dims)
+    for name, one in data.test.items():
+        scored = score(*embedded[name], one, dims)
         result[name] = {str(dim): _plain(s) for dim, s in scored.items()}
-        sample = report.sample_scores(*embedded[name], data)
-        result[name][str(dims[0])]["scores"] = {kind: x.round(4).tolist() for kind, x in sample.items()}
+        sample = report.sample_scores(*embedded[name], one)
+        result[name][str(dims[0])]["scores"] = {
+            kind: x.round(4).tolist() for kind, x in sample.items()
+        }
     return result
 
 
@@ -58,18 +66,26 @@ def _plain(scored: Scored) -> dict:
     return {
         "per_query": {name: value.tolist() for name, value in metrics.per_query.items()},
         "query_ids": metrics.query_ids,
-        "first_hits": {q: [d for d, _ in hits.of(row)[:FIRST_HITS]] for row, q in enumerate(hits.query_ids)},
+        "first_hits": {
+            q: [d for d, _ in hits.of(row)[:FIRST_HITS]] for row, q in enumerate(hits.query_ids)
+        },
     }
 
 
-def evaluate_dev(towers: Towers, data: Data, dims: Sequence[int], *, precision: str) -> dict[str, float]:
-    """dev/<metric> at the widest dim, a mean over dev sets; each set's own numbers beside it when there are several.
+def evaluate_dev(
+    towers: Towers, data: Data, dims: Sequence[int], *, precision: str
+) -> dict[str, float]:
+    """dev/<metric> at the widest dim, a mean over dev sets; each set's own numbers beside it when
+    there are several.
 
     Raises ValueError when the data has no dev queries.
     """
     if not data.dev:
-        raise ValueError("eval_every needs dev queries, but the data has none; set eval_every=0 or data.dev_fraction")
-    embedded = encode_sets(towers, data.dev, precision=precision)
+        raise ValueError(
+            "eval_every needs dev queries, but the data has none; set eval_every=0 or"
+            " data.dev_fraction"
+        )
+    embedded = encode_sets(towers, data.dev, prompts=data.prompts, precision=precision)
     means = {}
     for name, some in data.dev.items():
         for dim, scored in score(*embedded[name], some, dims).items():
@@ -78,9 +94,13 @@ def evaluate_dev(towers: Towers, data: Data, dims: Sequence[int], *, precision: 
     for (name, dim), of_set in means.items():
         prefix = f"dev/{name}/" if len(data.dev) > 1 else "dev/"
         if len(data.dev) > 1 or dim != dims[0]:
-            values |= {f"{prefix}{metric}/{dim}": v for metric, v in of_set.items() if metric == "ndcg@10"}
+            values |= {
+                f"{prefix}{metric}/{dim}": v for metric, v in of_set.items() if metric == "ndcg@10"
+            }
     for metric in next(iter(means.values())):
-        values[f"dev/{metric}"] = float(np.mean([of_set[metric] for (_, dim), of_set in means.items() if dim == dims[0]]))
+        values[f"dev/{metric}"] = float(
+            np.mean([of_set[metric] for (_, dim), of_set in means.items() if dim == dims[0]])
+        )
     return values
 
 
@@ -100,7 +120,7 @@ def write_result(
 
     totals  steps, examples_per_s, tokens_per_s, train_s of the loop
     """
-    tuned = _evaluate(towers, data.test, dims, precision=precision, progress="tuned")
+    tuned = _evaluate(towers, data, dims, precision=precision, progress="tuned")
     bm25 = {}
     for name, some in data.test.items():
         log.info("BM25 on %s", name)
@@ -111,7 +131,11 @@ def write_result(
     result: dict = {"name": c.name, "task": c.task, "seed": c.seed}
     result |= sets[first] if first else {"metrics": {}, "delta": {}}
     result |= {"test_set": first, "other_sets": {n: s for n, s in sets.items() if n != first}}
-    result |= totals | {"padding_share": 0.0, "replayed_share": 0.0, "peak_memory_mib": round(peak_memory_mib())}
+    result |= totals | {
+        "padding_share": 0.0,
+        "replayed_share": 0.0,
+        "peak_memory_mib": round(peak_memory_mib()),
+    }
     result["data"] = data.report
 
     export(towers, run_dir / "export", _card(c, result, dims))
@@ -119,14 +143,18 @@ def write_result(
     examples = ""
     if first and c.examples_shown:
         hits = [of[first][str(dims[0])]["first_hits"] for of in (base, tuned)]
-        examples = report.examples_text(*hits, data.test[first], count=c.examples_shown, seed=c.seed)
+        examples = report.examples_text(
+            *hits, data.test[first], count=c.examples_shown, seed=c.seed
+        )
     tables = {
         f"nDCG@10 on {name}": report.result_table(s["metrics"], s["delta"], markdown=True)
         for name, s in result["other_sets"].items()
     }
     captions = {f.stem.replace("_", " "): f"figures/{f.name}" for f in figures}
     facts = _facts(c, result)
-    text = report.report_markdown(result, facts=facts, tables=tables, examples=examples, figures=captions)
+    text = report.report_markdown(
+        result, facts=facts, tables=tables, examples=examples, figures=captions
+    )
     write_text_atomic(run_dir / "report.md", text)
     _log_to_tracker(track, result, figures)
     write_json_atomic(run_dir / "result.json", result)
@@ -141,10 +169,13 @@ def _set_result(bm25: dict, base: dict, tuned: dict, seed: int) -> dict:
 
     def against(dim: str) -> dict:
         a, b = base[dim], tuned[dim]
-        return report.compare_values(a["query_ids"], a["per_query"], b["query_ids"], b["per_query"], seed=seed)
+        return report.compare_values(
+            a["query_ids"], a["per_query"], b["query_ids"], b["per_query"], seed=seed
+        )
 
     metrics = {"bm25": means(bm25)} | {
-        name: {dim: means(one) for dim, one in of.items()} for name, of in (("base", base), ("tuned", tuned))
+        name: {dim: means(one) for dim, one in of.items()}
+        for name, of in (("base", base), ("tuned", tuned))
     }
     return {"metrics": metrics, "delta": {dim: against(dim) for dim in tuned}}
 
@@ -153,7 +184,11 @@ def _figures(
     run_dir: Path, bm25: dict, base: dict, tuned: dict, first: str | None, dims: Sequence[int]
 ) -> list[Path]:
     folder = run_dir / "figures"
-    made = [report.plot_training(report.read_metrics(run_dir / "metrics.jsonl"), folder / "training_curve.png")]
+    made = [
+        report.plot_training(
+            report.read_metrics(run_dir / "metrics.jsonl"), folder / "training_curve.png"
+        )
+    ]
     if first is None or not bm25[first]["query_ids"]:
         return made
     values = {
@@ -214,7 +249,9 @@ def _show(run_dir: Path, result: dict, examples: str) -> None:
     names = {result["test_set"]: result, **result["other_sets"]} if result["test_set"] else {}
     for name, of in names.items():
         n = next((d["n"] for dim in of["delta"].values() for d in dim.values()), 0)
-        out.write(f"\nnDCG@10 on {name}, {n} queries\n{report.result_table(of['metrics'], of['delta'])}\n")
+        out.write(
+            f"\nnDCG@10 on {name}, {n} queries\n{report.result_table(of['metrics'], of['delta'])}\n"
+        )
     if examples:
         out.write(f"\n{examples}\n")
     out.write(f"\nreport   {run_dir / 'report.md'}\nfigures  {run_dir / 'figures'}\n")

@@ -300,6 +300,11 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 def plot_training(
     rows: Sequence[Mapping[str, Any]], path: Path, *, metric: str = "ndcg@10"
 ) -> Path:
+    """training_figure() as a PNG."""
+    return _save(training_figure(rows, metric=metric), path)
+
+
+def training_figure(rows: Sequence[Mapping[str, Any]], *, metric: str = "ndcg@10"):
     """Training loss against steps and, where the run was evaluated on the way, the dev metric.
 
     rows  of metrics.jsonl: "step", "loss", and "dev/<metric>" with or without a dim after it
@@ -343,7 +348,7 @@ def plot_training(
             axes[1][0].legend(frameon=False, title="dim", ncols=min(4, len(keys)))
     axes[-1][0].set_xlabel("step")
     axes[-1][0].xaxis.get_major_locator().set_params(integer=True)
-    return _save(figure, path)
+    return figure
 
 
 def _widest_first(key: str) -> tuple[float, str]:
@@ -447,6 +452,7 @@ def plot_scores(samples: Mapping[str, Mapping[str, np.ndarray]], path: Path) -> 
                 label = f"{name}, mean {x.mean():.2f}"
                 axis.hist(x, edges, weights=share, color=colour, alpha=0.6, label=label)
         axis.set_title(label_of(system), loc="left", fontsize=10)
+        axis.margins(y=0.25)  # room for the legend above the bars
         axis.set_ylabel("share of pairs")
         axis.legend(frameon=False, fontsize=9)
     axes[-1][0].set_xlabel("cosine of query and passage")

@@ -1,4 +1,5 @@
-"""A model on retrieval sets: every distinct text encoded once, every dim scored from the same embeddings.
+"""A model on retrieval sets: every distinct text encoded once, every dim scored from the same
+embeddings.
 
 Shapes: Q queries, N documents, D embedding.
 """
@@ -26,24 +27,41 @@ class Scored:
 def distinct(texts: Sequence[str]) -> tuple[list[str], np.ndarray]:
     """(the distinct texts in order of first use, number of each text among them)."""
     number: dict[str, int] = {}
-    index = np.fromiter((number.setdefault(t, len(number)) for t in texts), np.int64, count=len(texts))
+    index = np.fromiter(
+        (number.setdefault(t, len(number)) for t in texts), np.int64, count=len(texts)
+    )
     return list(number), index
 
 
+Prompts = Mapping[str, tuple[str | None, str | None]]
+
+
 def encode_sets(
-    towers: Towers, sets: Mapping[str, RetrievalSet], *, precision: str = "auto", progress: str = ""
+    towers: Towers,
+    sets: Mapping[str, RetrievalSet],
+    *,
+    prompts: Prompts | None = None,
+    precision: str = "auto",
+    progress: str = "",
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Set name -> (q_QD, p_ND); a text that several sets share is encoded once."""
-    names = list(sets)
-    sides = {}
-    for side in ("query", "passage"):
-        texts = [sets[n].query_texts if side == "query" else sets[n].doc_texts for n in names]
-        some, index = distinct([t for part in texts for t in part])
-        label = f"{progress} {side}" if progress else ""
-        all_D = encode(towers, some, side, precision=precision, progress=label)
-        ends = np.cumsum([len(part) for part in texts])
-        sides[side] = [all_D[index[end - len(part) : end]] for end, part in zip(ends, texts, strict=True)]
-    return {n: (q, p) for n, q, p in zip(names, sides["query"], sides["passage"], strict=True)}
+    """Set name -> (q_QD, p_ND); a text that several sets share under one prompt is encoded once.
+
+    prompts  (query, passage) prompt of each set; None, or a set left out: the model's own
+    """
+    embedded: dict[str, dict[str, np.ndarray]] = {name: {} for name in sets}
+    for at, side in enumerate(("query", "passage")):
+        by_prompt: dict[str | None, list[str]] = {}
+        for name in sets:
+            by_prompt.setdefault((prompts or {}).get(name, (None, None))[at], []).append(name)
+        for prompt, names in by_prompt.items():
+            texts = [sets[n].query_texts if side == "query" else sets[n].doc_texts for n in names]
+            some, index = distinct([t for part in texts for t in part])
+            label = f"{progress} {side}" if progress else ""
+            all_D = encode(towers, some, side, precision=precision, progress=label, prompt=prompt)
+            ends = np.cumsum([len(part) for part in texts])
+            for name, end, part in zip(names, ends, texts, strict=True):
+                embedded[name][side] = all_D[index[end - len(part) : end]]
+    return {name: (of["query"], of["passage"]) for name, of in embedded.items()}
 
 
 def score(

@@ -109,19 +109,23 @@ def _randomisation_p(
     if n == 0 or num_names == 0:
         return dict.fromkeys(differences, 1.0)
     rng = np.random.default_rng([seed, 1])
-
-    def signs(size: tuple[int, ...]) -> np.ndarray:
-        return rng.integers(0, 2, size, np.int8).astype(np.float64) * 2 - 1
-
-    p_M = stats.monte_carlo_test(
-        np.ones(n),
-        signs,
-        lambda signs_Rn, axis: signs_Rn @ d_nM / n,
-        vectorized=True,
-        n_resamples=num_resamples,
-        batch=max(1, _BLOCK_NUMBERS // n),
-    ).pvalue
-    return {name: float(p) for name, p in zip(differences, p_M, strict=True)}
+    null_MR = np.empty((num_names, num_resamples))
+    block = max(1, _BLOCK_NUMBERS // n)
+    for low in range(0, num_resamples, block):
+        size = min(block, num_resamples - low)
+        sign_Rn = rng.integers(0, 2, (size, n), np.int8).astype(np.float64) * 2 - 1
+        null_MR[:, low : low + size] = (sign_Rn @ d_nM / n).T
+    p_values = {}
+    for name, observed, null_R in zip(differences, d_nM.mean(axis=0), null_MR, strict=True):
+        # one metric at a time: given several, scipy (1.17) compares each with the nulls of all
+        p_values[name] = stats.monte_carlo_test(
+            [observed],
+            lambda size, null_R=null_R: null_R.reshape(size),
+            np.mean,
+            vectorized=True,
+            n_resamples=num_resamples,
+        ).pvalue.item()
+    return p_values
 
 
 def _columns(values: Mapping[str, Any]) -> np.ndarray:

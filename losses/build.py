@@ -11,5 +11,9 @@ log = logging.getLogger(__name__)
 
 
 def build_loss(c: LossConfig) -> nn.Module:
-    log.info("loss: InfoNCE in plain torch, temperature %g%s", c.temperature, " (learned)" if c.learn_temperature else "")
+    log.info(
+        "loss: InfoNCE in plain torch, temperature %g%s",
+        c.temperature,
+        " (learned)" if c.learn_temperature else "",
+    )
     return InfoNCE(c)

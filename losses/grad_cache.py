@@ -1,6 +1,8 @@
-"""One training step over a batch of any size: encode in chunks, loss on embeddings alone, gradients chunk by chunk.
+"""One training step over a batch of any size: encode in chunks, loss on embeddings alone, gradients
+chunk by chunk.
 
-Source: Gao et al. 2021 (GradCache), sec. 3; the graphs of all chunks are kept here, so that nothing is encoded twice.
+Source: Gao et al. 2021 (GradCache), sec. 3; the graphs of all chunks are kept here, so that nothing
+is encoded twice.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,12 +19,15 @@ from models.transformer import Packed, pack
 
 
 def seed_chunk(seed: int, step: int, rank: int, chunk: int) -> None:
-    """Seed torch for one chunk: dropout masks depend on these four numbers and on nothing that ran before."""
+    """Seed torch for one chunk: dropout masks depend on these four numbers and on nothing that ran
+    before."""
     state = np.random.SeedSequence([seed, step, rank, chunk]).generate_state(1, np.uint64)[0]
     torch.manual_seed(int(state >> np.uint64(1)))
 
 
-def pieces(batch: Batch, chunk_tokens: int, device: torch.device) -> Iterator[tuple[str, np.ndarray, Packed]]:
+def pieces(
+    batch: Batch, chunk_tokens: int, device: torch.device
+) -> Iterator[tuple[str, np.ndarray, Packed]]:
     """(side, which texts, their pack) for every chunk of a batch, longest texts first."""
     for side in ("query", "passage"):
         texts = batch.query_tokens if side == "query" else batch.passage_tokens
@@ -59,7 +64,8 @@ def train_step(
     """Forward and backward of one batch: gradients are added to the parameters' .grad.
 
     autocast  makes the context for the encoder (the loss always runs in float32)
-    Returns the loss in nats (a mean over the examples of all ranks) and the loss function's own numbers.
+    Returns the loss in nats (a mean over the examples of all ranks) and the loss function's own
+    numbers.
     """
     # 1. encode every chunk, keeping its graph
     parts: dict[str, list[Tensor]] = {"query": [], "passage": []}
@@ -67,7 +73,9 @@ def train_step(
     with autocast():
         for number, (side, some_rows, packed) in enumerate(pieces(batch, chunk_tokens, device)):
             seed_chunk(seed, step, 0, number)
-            parts[side].append(towers.encode_query(packed) if side == "query" else towers.encode_passage(packed))
+            parts[side].append(
+                towers.encode_query(packed) if side == "query" else towers.encode_passage(packed)
+            )
             rows[side].append(some_rows)
 
     # 2. the loss and its gradient, on embeddings alone

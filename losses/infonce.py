@@ -1,6 +1,7 @@
 """InfoNCE in plain torch: the specification that every faster form is tested against.
 
-Shapes: B queries, N candidate passages (positives and negatives of all queries), D embedding, P (query, positive)
+Shapes: B queries, N candidate passages (positives and negatives of all queries), D embedding, P
+(query, positive)
 pairs, K known relatives of a query at most.
 """
 
@@ -21,7 +22,8 @@ class Targets:
     pair_query_P    row of q_BD, int64; a query with several positives owns several pairs
     pair_passage_P  column of p_ND that answers it, int64
     pair_weight_P   share of the pair in the sum, float32: 1 / positives of its example
-    relatives_BK    columns that are never negatives of the query (all its known positives, texts equal to it or to
+    relatives_BK    columns that are never negatives of the query (all its known positives, texts
+                    equal to it or to
                     them), int64, padded with -1
     num_examples    examples of all ranks: the divisor of the mean
     """
@@ -34,24 +36,37 @@ class Targets:
 
 
 def infonce(
-    q_BD: Tensor, p_ND: Tensor, targets: Targets, *, temperature: float | Tensor, symmetric: float = 0.0
+    q_BD: Tensor,
+    p_ND: Tensor,
+    targets: Targets,
+    *,
+    temperature: float | Tensor,
+    symmetric: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Mean InfoNCE loss in nats, and the scores (B, N) it was computed from.
 
-    For a pair (b, j):  softplus(log sum_{n negative of b} exp(z_bn) - z_bj)  with  z = q.p / temperature,
+    For a pair (b, j):  softplus(log sum_{n negative of b} exp(z_bn) - z_bj)  with  z = q.p /
+                        temperature,
     which equals -log softmax over j and the negatives of b; other positives of b are in neither.
-    q_BD, p_ND   unit-norm embeddings of any float dtype; scores are computed in float32 (float64 for float64)
+    q_BD, p_ND   unit-norm embeddings of any float dtype; scores are computed in float32 (float64
+                 for float64)
     temperature  > 0
-    symmetric    weight s of the passage-to-query direction: (1 - s) rows + s columns; a query is no negative of a
+    symmetric    weight s of the passage-to-query direction: (1 - s) rows + s columns; a query is no
+                 negative of a
                  passage that is its relative
     Raises ValueError when shapes disagree or the temperature is not positive.
-    Source: van den Oord et al. 2018, eq. 4; in-batch form as in Karpukhin et al. 2020, sec. 3.2; the positive is kept
+    Source: van den Oord et al. 2018, eq. 4; in-batch form as in Karpukhin et al. 2020, sec. 3.2;
+    the positive is kept
     out of the sum so that neither loss nor gradient cancels (docs/numerics.md).
     """
     if q_BD.ndim != 2 or p_ND.ndim != 2 or q_BD.shape[1] != p_ND.shape[1]:
-        raise ValueError(f"infonce: q {tuple(q_BD.shape)}, p {tuple(p_ND.shape)}; want (B, D), (N, D)")
+        raise ValueError(
+            f"infonce: q {tuple(q_BD.shape)}, p {tuple(p_ND.shape)}; want (B, D), (N, D)"
+        )
     if len(targets.relatives_BK) != len(q_BD):
-        raise ValueError(f"infonce: relatives of {len(targets.relatives_BK)} queries, want {len(q_BD)}")
+        raise ValueError(
+            f"infonce: relatives of {len(targets.relatives_BK)} queries, want {len(q_BD)}"
+        )
     if float(temperature) <= 0:
         raise ValueError(f"infonce: temperature must be > 0, got {float(temperature)}")
     wide = torch.promote_types(q_BD.dtype, torch.float32)
@@ -77,7 +92,8 @@ def _softplus(x: Tensor) -> Tensor:
 class InfoNCE(nn.Module):
     """InfoNCE over one or several Matryoshka dims, with a fixed or learned temperature.
 
-    The loss is the weighted mean over dims: it stays in nats whatever the weights. Source of the prefix form:
+    The loss is the weighted mean over dims: it stays in nats whatever the weights. Source of the
+    prefix form:
     Kusupati et al. 2022, eq. 1; prefixes are normalised again.
     """
 
@@ -94,14 +110,21 @@ class InfoNCE(nn.Module):
 
     @property
     def temperature(self) -> Tensor:
-        return self.log_temperature.clamp(*self.bounds).exp() if self._learned else self.log_temperature.exp()
+        return (
+            self.log_temperature.clamp(*self.bounds).exp()
+            if self._learned
+            else self.log_temperature.exp()
+        )
 
     @property
     def _learned(self) -> bool:
         return isinstance(self.log_temperature, nn.Parameter)
 
-    def forward(self, q_BD: Tensor, p_ND: Tensor, targets: Targets) -> tuple[Tensor, dict[str, float]]:
-        """(loss, {"diagonal", "mean_similarity"}): mean score of the pairs and of all cells, divided by temperature,
+    def forward(
+        self, q_BD: Tensor, p_ND: Tensor, targets: Targets
+    ) -> tuple[Tensor, dict[str, float]]:
+        """(loss, {"diagonal", "mean_similarity"}): mean score of the pairs and of all cells,
+        divided by temperature,
         at the widest dim."""
         D = q_BD.shape[1]
         dims = self.dims or [D]
@@ -111,10 +134,15 @@ class InfoNCE(nn.Module):
             q_Bd, p_Nd = q_BD, p_ND
             if dim < D:
                 q_Bd, p_Nd = F.normalize(q_BD[:, :dim], dim=-1), F.normalize(p_ND[:, :dim], dim=-1)
-            loss, scores_BN = infonce(q_Bd, p_Nd, targets, temperature=self.temperature, symmetric=self.symmetric)
+            loss, scores_BN = infonce(
+                q_Bd, p_Nd, targets, temperature=self.temperature, symmetric=self.symmetric
+            )
             total = total + loss * (weight / sum(weights))
             if dim == max(dims):
                 with torch.no_grad():
                     pairs_P = scores_BN[targets.pair_query_P, targets.pair_passage_P]
-                    aux = {"diagonal": pairs_P.mean().item(), "mean_similarity": scores_BN.mean().item()}
+                    aux = {
+                        "diagonal": pairs_P.mean().item(),
+                        "mean_similarity": scores_BN.mean().item(),
+                    }
         return total, aux

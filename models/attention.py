@@ -1,6 +1,7 @@
 """Attention over packed sequences: one place chooses how it is computed, and says so once.
 
-Shapes: T tokens of all sequences, S sequences, n sequences of one length L, H heads, K head width, C = H * K.
+Shapes: T tokens of all sequences, S sequences, n sequences of one length L, H heads, K head width,
+C = H * K.
 """
 
 import logging
@@ -30,7 +31,9 @@ def length_groups(lengths: list[int]) -> list[Group]:
     return groups
 
 
-def choose_attention(device_type: str, dtype: torch.dtype, *, bias: bool, dropout: float, compiled: bool) -> str:
+def choose_attention(
+    device_type: str, dtype: torch.dtype, *, bias: bool, dropout: float, compiled: bool
+) -> str:
     """Name of the way to compute attention: varlen | grouped | padded.
 
     varlen   torch.nn.attention.varlen: CUDA, bf16/fp16, no bias, no dropout
@@ -58,12 +61,18 @@ _REASONS = {
 _logged: set[str] = set()
 
 
-def log_choice(way: str, device_type: str, dtype: torch.dtype, *, bias: bool, dropout: float) -> None:
+def log_choice(
+    way: str, device_type: str, dtype: torch.dtype, *, bias: bool, dropout: float
+) -> None:
     if way in _logged:
         return
     _logged.add(way)
-    why = ", ".join(w for w in ("relative bias" if bias else "", "attention dropout" if dropout else "") if w)
-    log.info("attention: %s on %s in %s%s", _REASONS[way], device_type, dtype, f" ({why})" if why else "")
+    why = ", ".join(
+        w for w in ("relative bias" if bias else "", "attention dropout" if dropout else "") if w
+    )
+    log.info(
+        "attention: %s on %s in %s%s", _REASONS[way], device_type, dtype, f" ({why})" if why else ""
+    )
 
 
 def _window_mask(length: int, half_window: int, device: torch.device) -> Tensor | None:
@@ -77,12 +86,15 @@ def _window_mask(length: int, half_window: int, device: torch.device) -> Tensor 
 class GroupedAttention(torch.autograd.Function):
     """softmax(q k^T / sqrt(K) + bias) v over groups of equal length, as one autograd node.
 
-    One node instead of a slice per group: autograd's backward of a slice adds a full zero tensor per group.
+    One node instead of a slice per group: autograd's backward of a slice adds a full zero tensor
+    per group.
     Nothing of size L x L is kept: the backward recomputes it, or runs the fused kernel's own.
     """
 
     @staticmethod
-    def forward(ctx, qkv_T3HK: Tensor, bias_HLL: Tensor | None, groups: list[Group], half_window: int) -> Tensor:
+    def forward(
+        ctx, qkv_T3HK: Tensor, bias_HLL: Tensor | None, groups: list[Group], half_window: int
+    ) -> Tensor:
         T, _, H, K = qkv_T3HK.shape
         out_THK = qkv_T3HK.new_empty(T, H, K)
         log_sums = []
@@ -92,7 +104,9 @@ class GroupedAttention(torch.autograd.Function):
             if _fused(qkv_T3HK, bias_HLL):
                 mask = _window_mask(length, half_window, qkv_T3HK.device)
                 mask = None if mask is None else _additive(mask, q.dtype)
-                o, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=mask)
+                o, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                    q, k, v, attn_mask=mask
+                )
                 log_sums.append(log_sum)
             else:
                 o = torch.matmul(_probabilities(q, k, bias_HLL, half_window), v)
@@ -143,12 +157,15 @@ def _heads_first(qkv: Tensor, count: int, length: int) -> tuple[Tensor, Tensor, 
 
 
 def _fused(qkv_T3HK: Tensor, bias_HLL: Tensor | None) -> bool:
-    # Measured on AVX-512 BF16 hardware: the fused CPU kernel's backward loses to plain bmm in bf16, wins in fp32.
+    # Measured on AVX-512 BF16 hardware: the fused CPU kernel's backward loses to plain bmm in bf16,
+    # wins in fp32.
     return bias_HLL is None and qkv_T3HK.dtype != torch.bfloat16 and qkv_T3HK.device.type == "cpu"
 
 
 def _additive(mask_LL: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.zeros(mask_LL.shape, dtype=dtype, device=mask_LL.device).masked_fill_(~mask_LL, -math.inf)
+    return torch.zeros(mask_LL.shape, dtype=dtype, device=mask_LL.device).masked_fill_(
+        ~mask_LL, -math.inf
+    )
 
 
 def _probabilities(q: Tensor, k: Tensor, bias_HLL: Tensor | None, half_window: int) -> Tensor:
@@ -164,35 +181,49 @@ def _probabilities(q: Tensor, k: Tensor, bias_HLL: Tensor | None, half_window: i
 
 
 def padded_attention(
-    qkv_T3HK: Tensor, bias_HLL: Tensor | None, index_SL: Tensor, mask_SL: Tensor, half_window: int, dropout: float
+    qkv_T3HK: Tensor,
+    bias_HLL: Tensor | None,
+    index_SL: Tensor,
+    mask_SL: Tensor,
+    half_window: int,
+    dropout: float,
 ) -> Tensor:
     """The same through scaled_dot_product_attention on one padded rectangle.
 
     index_SL  token number of each cell (0 where padding); mask_SL  True on real tokens
     """
-    S, L = index_SL.shape
+    L = index_SL.shape[1]
     q, k, v = qkv_T3HK[index_SL].permute(2, 0, 3, 1, 4).unbind(0)
     mask = mask_SL[:, None, None, :]
     window = _window_mask(L, half_window, q.device)
     if window is not None:
-        mask = mask & (window | ~mask_SL[:, None, :, None])  # a padded row must not be empty: softmax(-inf..) is nan
+        mask = mask & (
+            window | ~mask_SL[:, None, :, None]
+        )  # a padded row must not be empty: softmax(-inf..) is nan
     if bias_HLL is not None:
         mask = bias_HLL[None, :, :L, :L].to(q.dtype).masked_fill(~mask, -math.inf)
     o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
     return o.transpose(1, 2)[mask_SL]
 
 
-def varlen_attention(qkv_T3HK: Tensor, cu_lengths_S1: Tensor, max_length: int, half_window: int) -> Tensor:
+def varlen_attention(
+    qkv_T3HK: Tensor, cu_lengths_S1: Tensor, max_length: int, half_window: int
+) -> Tensor:
     """The same through torch.nn.attention.varlen (CUDA, 16-bit)."""
     from torch.nn.attention.varlen import varlen_attn
 
     q, k, v = qkv_T3HK.unbind(1)
-    window = {} if half_window <= 0 or max_length <= half_window + 1 else {"window_size": (half_window, half_window)}
+    window = (
+        {}
+        if half_window <= 0 or max_length <= half_window + 1
+        else {"window_size": (half_window, half_window)}
+    )
     return varlen_attn(q, k, v, cu_lengths_S1, cu_lengths_S1, max_length, max_length, **window)
 
 
 def varlen_has_window() -> bool:
-    """Whether this torch's varlen_attn can restrict attention to a window (younger than torch 2.11)."""
+    """Whether this torch's varlen_attn can restrict attention to a window (younger than torch
+    2.11)."""
     import inspect
 
     from torch.nn.attention.varlen import varlen_attn

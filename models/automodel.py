@@ -41,6 +41,7 @@ class AutoEncoder(nn.Module):
         self.padding_side = padding_side
         self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
         self._position_offset = _position_offset(model)
+        self._checkpoints = False
 
     @classmethod
     def load(
@@ -57,23 +58,23 @@ class AutoEncoder(nn.Module):
         Raises ValueError when transformers cannot load the folder or weights are missing from it.
         """
         transformers_logging.disable_progress_bar()
-        try:
-            config = AutoConfig.from_pretrained(folder, local_files_only=True)
-            _set_known(config, ATTENTION_DROPOUT, attention_dropout)
-            if dropout is not None and not _set_known(config, HIDDEN_DROPOUT, dropout):
-                raise ValueError(
-                    f"model.dropout ({dropout}): {config.model_type} has no hidden dropout"
-                )
-            auto = AutoModelForTextEncoding if config.is_encoder_decoder else AutoModel
-            model, info = auto.from_pretrained(
-                folder,
-                config=config,
-                dtype=torch.float32,
-                local_files_only=True,
-                output_loading_info=True,
+
+        def call(load, *args, **options):
+            try:
+                return load(folder, *args, local_files_only=True, **options)
+            except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+                reason = str(error).strip().split("\n")[0]
+                raise ValueError(f"{folder}: transformers cannot load it: {reason}") from error
+
+        config = call(AutoConfig.from_pretrained)
+        _set_known(config, ATTENTION_DROPOUT, attention_dropout)
+        if dropout is not None and not _set_known(config, HIDDEN_DROPOUT, dropout):
+            raise ValueError(
+                f"model.dropout ({dropout}): {config.model_type} has no hidden dropout"
             )
-        except (OSError, KeyError, ImportError) as error:
-            raise ValueError(f"{folder}: transformers cannot load it: {error}") from error
+        auto = AutoModelForTextEncoding if config.is_encoder_decoder else AutoModel
+        options = {"config": config, "dtype": torch.float32, "output_loading_info": True}
+        model, info = call(auto.from_pretrained, **options)
         missing = sorted(k for k in info["missing_keys"] if "pooler" not in k)
         if missing:
             more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
@@ -117,14 +118,15 @@ class AutoEncoder(nn.Module):
 
     @property
     def activation_checkpointing(self) -> bool:
-        return self.model.is_gradient_checkpointing
+        return self._checkpoints
 
     @activation_checkpointing.setter
     def activation_checkpointing(self, on: bool) -> None:
         if on:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
-        else:
+        elif self._checkpoints:
             self.model.gradient_checkpointing_disable()
+        self._checkpoints = on
 
     def forward(self, packed: Packed) -> Tensor:
         length_S = torch.tensor(packed.lengths, device=packed.ids_T.device)

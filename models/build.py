@@ -7,7 +7,8 @@ from collections.abc import Iterable, Sequence
 from torch import nn
 
 from conf.schema import ModelConfig
-from models.pretrained import load_towers, max_positions, tokenise
+from data.tokens import tokenise
+from models.pretrained import load_towers, max_positions
 from models.towers import Projection, Tower, Towers
 
 log = logging.getLogger(__name__)

@@ -14,13 +14,8 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from models.pretrained import (
-    ACTIVATION_CLASSES,
-    LAYOUTS,
-    POOLINGS,
-    name_map,
-    special_ends,
-)
+from data.tokens import special_ends
+from models.pretrained import ACTIVATION_CLASSES, LAYOUTS, POOLINGS, name_map
 from models.towers import Projection, Tower, Towers
 from models.transformer import Encoder
 
@@ -41,9 +36,8 @@ def export(towers: Towers, out: Path, card: dict[str, Any]) -> None:
     """Write `towers` as a sentence-transformers folder; load_towers reads it back bit for bit.
 
     out   replaced as a whole where it exists, and only once everything is written
-    card  what the model card says, every key optional: name, base_model (hub id), data (text),
-          settings (name -> value), result (result.json as a dict), limits (list of text), license,
-          language
+    card  what the model card says, every key optional: name, data (text), settings (name -> value),
+          result (result.json as a dict), limits (list of text), license, language
     A dual tower becomes a Router with routes query and document, one folder a module. Weights are
     float32. One tower with two maximum lengths: the larger is the folder's, and encode_query and
     encode_document of sentence-transformers 6 apply their own.
@@ -255,24 +249,23 @@ def model_card(towers: Towers, card: dict[str, Any], *, name: str = "model") -> 
     """README.md of an export: YAML header, then base, data, settings, results, use and limits."""
     spec = towers.spec
     result = card.get("result") or {}
-    base_model = card.get("base_model") or spec.base
     header: dict[str, Any] = {
         "library_name": "sentence-transformers",
         "pipeline_tag": "sentence-similarity",
     }
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", base_model):  # the hub takes ids alone
-        header["base_model"] = base_model
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", spec.base):  # the hub takes ids alone, no folder names
+        header["base_model"] = spec.base
     for key in ("license", "language"):
         if card.get(key):
             header[key] = card[key]
     header["tags"] = ["sentence-transformers", "feature-extraction", "dense-retrieval", "rook"]
-    if metrics := _metric_names(result):
+    if metrics := _shown_metrics(result):
         header["metrics"] = metrics
     kind = "two encoders, one for queries and one for passages" if towers.is_dual else "one encoder"
     title = card.get("name") or name
     lines = ["---", *_yaml(header), "---", "", f"# {title}", ""]
     lines += [
-        f"A dense text retriever ({kind}, {towers.width} dimensions), made from `{base_model}`.",
+        f"A dense text retriever ({kind}, {towers.width} dimensions), made from `{spec.base}`.",
         "",
     ]
     if card.get("data"):
@@ -300,40 +293,38 @@ def _settings(towers: Towers, card: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _metric_names(result: dict[str, Any]) -> list[str]:
-    names = {m for side in result.get("metrics", {}).values() for row in side.values() for m in row}
-    return sorted(names)
+CARD_METRICS = ("ndcg@10", "mrr@10", "recall@100", "accuracy@1")
+
+
+def _shown_metrics(result: dict[str, Any]) -> list[str]:
+    tuned = (result.get("metrics") or {}).get("tuned") or {}
+    names = {name for values in tuned.values() for name in values}
+    return [m for m in CARD_METRICS if m in names] or sorted(names)
 
 
 def result_table(result: dict[str, Any]) -> list[str]:
-    """Markdown table of result.json: base, tuned and gain, by dimension and metric."""
+    """Markdown table of result.json: BM25, base, tuned and gain, by metric and dimension."""
     metrics = result.get("metrics") or {}
-    tuned, base, delta = (
-        metrics.get("tuned") or {},
-        metrics.get("base") or {},
-        result.get("delta") or {},
-    )
+    tuned, base = metrics.get("tuned") or {}, metrics.get("base") or {}
+    bm25, delta = metrics.get("bm25") or {}, result.get("delta") or {}
+
+    def share(value: float | None) -> str:
+        return "" if value is None else f"{value:.4f}"
+
     rows = []
-    for dim in sorted(tuned, key=int, reverse=True):
-        for metric, value in tuned[dim].items():
-            before = base.get(dim, {}).get(metric)
-            gain = delta.get(dim, {}).get(metric) or {}
-            interval = (
-                "".join(f" [{low:+.4f}, {high:+.4f}]" for low, high in [gain["ci95"]])
-                if gain
-                else ""
-            )
-            cells = [dim, metric, "" if before is None else f"{before:.4f}", f"{value:.4f}"]
-            cells += (
-                [f"{gain['diff']:+.4f}{interval}", f"{gain['p']:.2g}", str(gain["n"])]
-                if gain
-                else [""] * 3
-            )
+    for metric in _shown_metrics(result):
+        for dim in sorted((d for d in tuned if metric in tuned[d]), key=int, reverse=True):
+            values = (bm25.get(metric), base.get(dim, {}).get(metric), tuned[dim][metric])
+            cells = [metric, dim, *map(share, values), "", "", ""]
+            if gain := delta.get(dim, {}).get(metric):
+                low, high = gain["ci95"]
+                cells[5] = f"{gain['diff']:+.4f} [{low:+.4f}, {high:+.4f}]"
+                cells[6:] = [f"{gain['p']:.2g}", str(gain["n"])]
             rows.append(f"| {' | '.join(cells)} |")
     if not rows:
         return []
-    head = "| dimensions | metric | base | tuned | gain [95% interval] | p | queries |"
-    return [head, "|---|---|---|---|---|---|---|", *rows]
+    head = "| metric | dimensions | BM25 | base | tuned | gain [95% interval] | p | queries |"
+    return [head, "|---|---|---|---|---|---|---|---|", *rows]
 
 
 def _usage(towers: Towers, name: str) -> list[str]:

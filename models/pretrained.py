@@ -4,8 +4,6 @@ Strict: every stored weight is used or listed. The four built-in layouts are rea
 transformers; anything else goes through models/automodel.py.
 """
 
-# Shapes: T tokens of one text
-
 import functools
 import hashlib
 import importlib.metadata
@@ -13,12 +11,11 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import safe_open
 from tokenizers import Tokenizer, normalizers
@@ -503,55 +500,6 @@ def _converted_tokenizer(folder: Path) -> Tokenizer:
     return backend
 
 
-def special_ends(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
-    """Token ids that the tokenizer puts before and after every text."""
-    mask = (probe := tokenizer.encode("a")).special_tokens_mask
-    front = next((i for i, is_special in enumerate(mask) if not is_special), len(mask))
-    back = next((i for i, is_special in enumerate(reversed(mask)) if not is_special), 0)
-    return probe.ids[:front], probe.ids[len(mask) - back :]
-
-
-def tokenise(
-    tokenizer: Tokenizer, texts: Sequence[str], prompt: str, max_length: int
-) -> list[np.ndarray]:
-    """int32 ids (T,) of each prompt + text, special tokens included, cut to max_length.
-
-    tokenizer   with truncation and padding off, as load_tokenizer leaves it
-    max_length  tokens, special tokens included; the closing special tokens survive the cut
-    Raises ValueError when max_length leaves no room for text.
-    """
-    front, back = special_ends(tokenizer)
-    if max_length <= len(front) + len(back):
-        raise ValueError(
-            f"a maximum length of {max_length} tokens leaves no room for text:"
-            f" {len(front) + len(back)} are special"
-        )
-    out = []
-    for start in range(0, len(texts), 1024):  # bounds the memory of encodings
-        chunk = (
-            [prompt + text for text in texts[start : start + 1024]]
-            if prompt
-            else list(texts[start : start + 1024])
-        )
-        for encoding in tokenizer.encode_batch_fast(chunk):
-            ids = np.asarray(encoding.ids, dtype=np.int32)
-            if len(ids) > max_length:
-                ids = np.concatenate([ids[: max_length - len(back)], ids[len(ids) - len(back) :]])
-            out.append(ids)
-    return out
-
-
-def num_prompt_tokens(tokenizer: Tokenizer, prompt: str, max_length: int) -> int:
-    """Leading tokens of the prompt, the opening special token among them; 0 without a prompt.
-
-    What pooling leaves out when prompts do not count; the same rule as in sentence-transformers.
-    """
-    if not prompt:
-        return 0
-    _, back = special_ends(tokenizer)
-    return len(tokenise(tokenizer, [prompt], "", max_length)[0]) - len(back)
-
-
 # ---- one encoder ---------------------------------------------------------------------------------
 
 
@@ -729,7 +677,9 @@ def _plan(modules: list[Module]) -> Plan:
             where = module.folder / "config.json"  # absent before sentence-transformers 6
             config = read_json(where) if where.is_file() else {}
             if config.get("module_input_name", "sentence_embedding") != "sentence_embedding":
-                raise ValueError(f"{where}: Normalize of {config['module_input_name']} is not supported")
+                raise ValueError(
+                    f"{where}: Normalize of {config['module_input_name']} is not supported"
+                )
     return plan
 
 
@@ -834,13 +784,17 @@ def max_positions(encoder: nn.Module) -> int | None:
     return encoder.config.max_positions if isinstance(encoder, Encoder) else encoder.max_positions
 
 
-def _length_limit(encoder: nn.Module, source: Source) -> int:
-    """Longest text in tokens: what the model has positions for and its tokenizer is meant for."""
-    limits = [max_positions(encoder), source.tokenizer_config.get("model_max_length")]
-    known = [
-        int(n) for n in limits if n is not None and n < 1_000_000
-    ]  # transformers writes 1e30 for "no limit"
-    return min(known, default=512)
+def _max_length(wanted: int | None, tower: Tower) -> int:
+    """Tokens a side may have: as the folder says, else what its tokenizer is meant for, else 512.
+
+    Never more than the model has positions for.
+    """
+    positions = max_positions(tower.encoder)
+    if wanted is None:
+        wanted = tower.source.tokenizer_config.get("model_max_length") or 1e30
+        if wanted > 1_000_000:  # transformers writes 1e30 for "no limit"
+            wanted = positions or 512
+    return int(wanted if positions is None else min(wanted, positions))
 
 
 def _load_tower(plan: Plan, name: str, options: dict[str, Any]) -> tuple[Tower, Tokenizer]:
@@ -887,13 +841,7 @@ def load_towers(base: str | Path, c: ModelConfig | None = None) -> Towers:
     }  # fmt: skip
     path = folder / "config_sentence_transformers.json"
     settings = read_json(path) if path.is_file() else {}
-    ours = settings.get("rook", {})
-    name = (
-        PACKAGES[n].hub_id
-        if (n := str(base).removeprefix("sentence-transformers/")) in PACKAGES
-        else str(base)
-    )
-    name = Path(name).resolve().name if Path(name).is_dir() else name
+    name = _base_name(base)
     sides = read_modules(folder)
     is_single = sides["query"] == sides["passage"]
     plans = {side: _plan(modules) for side, modules in sides.items()}
@@ -903,41 +851,47 @@ def load_towers(base: str | Path, c: ModelConfig | None = None) -> Towers:
         raise ValueError(
             f"{folder}: include_prompt of Pooling differs between the routes; want one value"
         )
-    for side, plan in plans.items():
-        if not plan.normalize and settings.get("similarity_fn_name") != "dot":
-            log.info("%s: no Normalize module; %s embeddings are normalised here", folder, side)
+    if settings.get("similarity_fn_name") != "dot":
+        if not all(plan.normalize for plan in plans.values()):
+            log.info("%s: no Normalize module; embeddings are normalised here", folder)
+        for plan in plans.values():
             plan.normalize = True
-    tower_p, tokenizer_p = _load_tower(plans["passage"], name, options)
-    tower_q, tokenizer_q = (
-        (tower_p, tokenizer_p) if is_single else _load_tower(plans["query"], name, options)
-    )
-    if tower_q.width != tower_p.width:
+    passage, tokenizer_p = _load_tower(plans["passage"], name, options)
+    query, tokenizer_q = passage, tokenizer_p
+    if not is_single:
+        query, tokenizer_q = _load_tower(plans["query"], name, options)
+    if query.width != passage.width:
         raise ValueError(
-            f"{folder}: query embeddings have {tower_q.width} dims, passages' {tower_p.width}"
+            f"{folder}: query embeddings have {query.width} dims, passages' {passage.width}"
         )
-    prompts = settings.get("prompts") or {}
-    default = prompts.get(settings.get("default_prompt_name"))
-    passage_prompts = [
-        prompts[k] for k in ("document", "passage", "corpus") if prompts.get(k) is not None
-    ]
-    limit_q, limit_p = (
-        _length_limit(tower_q.encoder, tower_q.source),
-        _length_limit(tower_p.encoder, tower_p.source),
-    )
+    query_plan, passage_plan = plans["query"], plans["passage"]
     spec = TowerSpec(
         base=name,
         kind="single" if is_single else "dual",
-        pooling=tower_p.pooling,
-        normalize=tower_p.normalize,
-        query_prompt=next((p for p in (prompts.get("query"), default) if p is not None), ""),
-        passage_prompt=next((p for p in (*passage_prompts, default) if p is not None), ""),
-        prompt_in_pooling=plans["passage"].prompt_in_pooling,
-        max_query_length=min(
-            plans["query"].max_query_length or plans["query"].max_length or limit_q, limit_q
+        pooling=passage.pooling,
+        normalize=passage.normalize,
+        query_prompt=_prompt(settings, "query"),
+        passage_prompt=_prompt(settings, "document", "passage", "corpus"),
+        prompt_in_pooling=passage_plan.prompt_in_pooling,
+        max_query_length=_max_length(query_plan.max_query_length or query_plan.max_length, query),
+        max_passage_length=_max_length(
+            passage_plan.max_passage_length or passage_plan.max_length, passage
         ),
-        max_passage_length=min(
-            plans["passage"].max_passage_length or plans["passage"].max_length or limit_p, limit_p
-        ),
-        dims=list(ours.get("dims", [])),
+        dims=list(settings.get("rook", {}).get("dims", [])),
     )
-    return Towers(tower_q, tower_p, spec, tokenizer_q, tokenizer_p)
+    return Towers(query, passage, spec, tokenizer_q, tokenizer_p)
+
+
+def _base_name(base: str | Path) -> str:
+    """What a model card calls a base: its hub id, or the name of its folder."""
+    if Path(base).expanduser().is_dir():
+        return Path(base).expanduser().resolve().name
+    package = PACKAGES.get(str(base).removeprefix("sentence-transformers/"))
+    return str(base) if package is None else package.hub_id
+
+
+def _prompt(settings: dict[str, Any], *names: str) -> str:
+    """The first of the named prompts that the folder has, else its default prompt, else none."""
+    prompts = settings.get("prompts") or {}
+    found = [prompts.get(n) for n in (*names, settings.get("default_prompt_name"))]
+    return next((p for p in found if p is not None), "")

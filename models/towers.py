@@ -1,4 +1,5 @@
-"""Pooling, projection and normalisation on top of an encoder; one tower for both sides, or one a side.
+"""Pooling, projection and normalisation on top of an encoder; one tower for both sides, or one a
+side.
 
 Shapes: T tokens, S sequences, C hidden width, D embedding width.
 """
@@ -23,7 +24,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 def pool(hidden_TC: Tensor, packed: Packed, how: str) -> Tensor:
     """One vector a sequence, (S, C), in float32 (float64 for float64 input).
 
-    how  mean | cls (first token) | last (last token) | max; tokens counted in packed.skip_S are left out of mean and max
+    how  mean | cls (first token) | last (last token) | max; tokens counted in packed.skip_S are
+         left out of mean and max
     """
     wide_TC = hidden_TC.to(torch.promote_types(hidden_TC.dtype, torch.float32))
     start_S, end_S = packed.cu_lengths_S1[:-1].long(), packed.cu_lengths_S1[1:].long()
@@ -53,7 +55,9 @@ def pool(hidden_TC: Tensor, packed: Packed, how: str) -> Tensor:
 class Projection(nn.Module):
     """A Dense layer after pooling: activation(W x + b)."""
 
-    def __init__(self, width_in: int, width_out: int, *, bias: bool = True, activation: str = "identity"):
+    def __init__(
+        self, width_in: int, width_out: int, *, bias: bool = True, activation: str = "identity"
+    ):
         super().__init__()
         self.activation = activation
         self.linear = nn.Linear(width_in, width_out, bias=bias)
@@ -69,7 +73,9 @@ class Tower(nn.Module):
     projections  Dense layers after pooling, in order
     """
 
-    def __init__(self, encoder: nn.Module, *, pooling: str, projections: list[Projection], normalize: bool):
+    def __init__(
+        self, encoder: nn.Module, *, pooling: str, projections: list[Projection], normalize: bool
+    ):
         super().__init__()
         self.encoder = encoder
         self.projections = nn.ModuleList(projections)
@@ -83,7 +89,9 @@ class Tower(nn.Module):
     def forward(self, packed: Packed) -> Tensor:
         """(S, D) float32 embeddings, unit norm when the tower normalises."""
         x_SD = pool(self.encoder(packed), packed, self.pooling)
-        with torch.autocast(x_SD.device.type, enabled=False):  # a few rows: full precision costs nothing
+        with torch.autocast(
+            x_SD.device.type, enabled=False
+        ):  # a few rows: full precision costs nothing
             for projection in self.projections:
                 x_SD = projection(x_SD)
             return F.normalize(x_SD, dim=-1) if self.normalize else x_SD
@@ -119,7 +127,9 @@ class Towers(nn.Module):
     tokenizers  tokenizers.Tokenizer objects with truncation and padding off
     """
 
-    def __init__(self, query: Tower, passage: Tower, spec: TowerSpec, tokenizer_query, tokenizer_passage):
+    def __init__(
+        self, query: Tower, passage: Tower, spec: TowerSpec, tokenizer_query, tokenizer_passage
+    ):
         super().__init__()
         self.query = query
         self.passage = passage

@@ -1,7 +1,9 @@
 """One packed bidirectional encoder for four layouts: BERT, RoBERTa / XLM-R, MPNet, ModernBERT.
 
-Shapes: T tokens of all sequences together, S sequences, C hidden, H heads, K = C / H head width, I intermediate.
-Texts are never padded: a pack is one flat token vector with cumulative lengths, and only attention looks at lengths.
+Shapes: T tokens of all sequences together, S sequences, C hidden, H heads, K = C / H head width, I
+intermediate.
+Texts are never padded: a pack is one flat token vector with cumulative lengths, and only attention
+looks at lengths.
 """
 
 import math
@@ -65,7 +67,9 @@ class Packed:
         return torch.repeat_interleave(length_S, output_size=self.ids_T.shape[0])
 
 
-def pack(texts: list[np.ndarray], device: torch.device | str = "cpu", *, skip: np.ndarray | None = None) -> Packed:
+def pack(
+    texts: list[np.ndarray], device: torch.device | str = "cpu", *, skip: np.ndarray | None = None
+) -> Packed:
     """Lay token sequences end to end on `device`, in the order given.
 
     texts  integer arrays, each of at least one token
@@ -74,7 +78,9 @@ def pack(texts: list[np.ndarray], device: torch.device | str = "cpu", *, skip: n
     """
     lengths = np.fromiter((len(t) for t in texts), dtype=np.int64, count=len(texts))
     if not len(texts) or lengths.min() == 0:
-        raise ValueError(f"pack: want texts of at least one token, got {len(texts)} texts, lengths {lengths[:8]}")
+        raise ValueError(
+            f"pack: want texts of at least one token, got {len(texts)} texts, lengths {lengths[:8]}"
+        )
     ends = np.cumsum(lengths)
     position = np.arange(ends[-1]) - np.repeat(ends - lengths, lengths)
     ids = np.concatenate(texts).astype(np.int64)
@@ -83,13 +89,16 @@ def pack(texts: list[np.ndarray], device: torch.device | str = "cpu", *, skip: n
         position_T=torch.from_numpy(position).to(device),
         cu_lengths_S1=torch.from_numpy(np.concatenate([[0], ends]).astype(np.int32)).to(device),
         lengths=lengths.tolist(),
-        skip_S=None if skip is None else torch.from_numpy(np.asarray(skip, dtype=np.int64)).to(device),
+        skip_S=None
+        if skip is None
+        else torch.from_numpy(np.asarray(skip, dtype=np.int64)).to(device),
     )
 
 
 @dataclass(frozen=True)
 class EncoderConfig:
-    """Everything that shapes an Encoder; models/pretrained.py reads it from a Hugging Face config.json."""
+    """Everything that shapes an Encoder; models/pretrained.py reads it from a Hugging Face
+    config.json."""
 
     layout: str  # bert | roberta | mpnet | modernbert
     vocab_size: int
@@ -128,13 +137,16 @@ def _activation(x: Tensor, name: str) -> Tensor:
         return F.relu(x)
     if name in ("silu", "swish"):
         return F.silu(x)
-    raise ValueError(f"activation {name!r} is not supported; use gelu, gelu_new, gelu_pytorch_tanh, relu or silu")
+    raise ValueError(
+        f"activation {name!r} is not supported; use gelu, gelu_new, gelu_pytorch_tanh, relu or silu"
+    )
 
 
 class Dropout(nn.Module):
     """Dropout whose mask costs a quarter of the random draws: 16 bits an element, 64 a draw.
 
-    The drop probability is rounded to 1 / 65,536. On CUDA, where draws are free, torch's own is used.
+    The drop probability is rounded to 1 / 65,536. On CUDA, where draws are free, torch's own is
+    used.
     """
 
     def __init__(self, p: float):
@@ -166,7 +178,8 @@ class _MaskedScale(torch.autograd.Function):
 
 
 class Norm(nn.LayerNorm):
-    """LayerNorm in at least float32, whatever autocast says; the result stays in float32 for the residual stream."""
+    """LayerNorm in at least float32, whatever autocast says; the result stays in float32 for the
+    residual stream."""
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dtype in (torch.bfloat16, torch.float16):
@@ -179,7 +192,9 @@ class Embeddings(nn.Module):
         super().__init__()
         self.position_offset = c.position_offset
         self.word = nn.Embedding(c.vocab_size, c.hidden)
-        self.position = None if c.is_modern else nn.Embedding(c.max_positions + c.position_offset, c.hidden)
+        self.position = (
+            None if c.is_modern else nn.Embedding(c.max_positions + c.position_offset, c.hidden)
+        )
         self.token_type = nn.Embedding(c.type_vocab, c.hidden) if c.type_vocab else None
         self.norm = Norm(c.hidden, eps=c.norm_eps, bias=c.norm_bias)
         self.dropout = Dropout(c.dropout)
@@ -187,7 +202,11 @@ class Embeddings(nn.Module):
     def forward(self, packed: Packed) -> Tensor:
         x_TC = self.word(packed.ids_T)
         if self.token_type is not None:
-            x_TC = x_TC + (self.token_type.weight[0] if packed.types_T is None else self.token_type(packed.types_T))
+            x_TC = x_TC + (
+                self.token_type.weight[0]
+                if packed.types_T is None
+                else self.token_type(packed.types_T)
+            )
         if self.position is not None:
             x_TC = x_TC + self.position(packed.position_T + self.position_offset)
         return self.dropout(self.norm(x_TC))
@@ -198,7 +217,9 @@ class Attention(nn.Module):
         super().__init__()
         self.num_heads = c.num_heads
         self.half_window = c.local_window // 2 if is_local else 0
-        self.rope_theta = (c.rope_theta_local if is_local else c.rope_theta_global) if c.is_modern else 0.0
+        self.rope_theta = (
+            (c.rope_theta_local if is_local else c.rope_theta_global) if c.is_modern else 0.0
+        )
         self.dropout = c.attention_dropout
         self.qkv = nn.Linear(c.hidden, 3 * c.hidden, bias=c.attention_bias)
         self.out = nn.Linear(c.hidden, c.hidden, bias=c.attention_bias)
@@ -210,22 +231,29 @@ class Attention(nn.Module):
         dropout = self.dropout if self.training else 0.0
         has_bias = bias_HLL is not None
         compiled = torch.compiler.is_compiling()
-        way = choose_attention(x_TC.device.type, qkv_T3HK.dtype, bias=has_bias, dropout=dropout, compiled=compiled)
+        way = choose_attention(
+            x_TC.device.type, qkv_T3HK.dtype, bias=has_bias, dropout=dropout, compiled=compiled
+        )
         if way == "varlen" and self.half_window and not varlen_has_window():
             way = "padded"
         if not compiled:
             log_choice(way, x_TC.device.type, qkv_T3HK.dtype, bias=has_bias, dropout=dropout)
         if way == "varlen":
-            ctx_THK = varlen_attention(qkv_T3HK, packed.cu_lengths_S1, max(packed.lengths), self.half_window)
+            ctx_THK = varlen_attention(
+                qkv_T3HK, packed.cu_lengths_S1, max(packed.lengths), self.half_window
+            )
         elif way == "grouped":
             ctx_THK = GroupedAttention.apply(qkv_T3HK, bias_HLL, packed.groups, self.half_window)
         else:
-            ctx_THK = padded_attention(qkv_T3HK, bias_HLL, *packed.rectangle, self.half_window, dropout)
+            ctx_THK = padded_attention(
+                qkv_T3HK, bias_HLL, *packed.rectangle, self.half_window, dropout
+            )
         return self.out(ctx_THK.reshape(x_TC.shape[0], -1))
 
 
 def _rotate(qkv_T3HK: Tensor, position_T: Tensor, theta: float) -> Tensor:
-    """Rotary position embedding of q and k (Su et al. 2021, eq. 34; halves split as in GPT-NeoX), in float32."""
+    """Rotary position embedding of q and k (Su et al. 2021, eq. 34; halves split as in GPT-NeoX),
+    in float32."""
     K = qkv_T3HK.shape[-1]
     at = torch.arange(0, K, 2, dtype=torch.float32, device=qkv_T3HK.device)
     angle_TK = position_T.float()[:, None] * (1.0 / theta ** (at / K))
@@ -237,7 +265,8 @@ def _rotate(qkv_T3HK: Tensor, position_T: Tensor, theta: float) -> Tensor:
 
 
 class Mlp(nn.Module):
-    """up, activation, down; ModernBERT's is gated: the first half of `up` is activated and scaled by the second."""
+    """up, activation, down; ModernBERT's is gated: the first half of `up` is activated and scaled
+    by the second."""
 
     def __init__(self, c: EncoderConfig):
         super().__init__()
@@ -254,14 +283,19 @@ class Mlp(nn.Module):
 
 
 class Layer(nn.Module):
-    """Post-norm (BERT, RoBERTa, MPNet) or pre-norm (ModernBERT) block; the residual stream stays in float32."""
+    """Post-norm (BERT, RoBERTa, MPNet) or pre-norm (ModernBERT) block; the residual stream stays in
+    float32."""
 
     def __init__(self, c: EncoderConfig, index: int):
         super().__init__()
         self.is_pre_norm = c.is_modern
         self.attention = Attention(c, is_local=bool(c.layer_is_local) and c.layer_is_local[index])
-        has_norm = not (c.is_modern and index == 0)  # ModernBERT's embeddings are normalised already
-        self.attention_norm = Norm(c.hidden, eps=c.norm_eps, bias=c.norm_bias) if has_norm else nn.Identity()
+        has_norm = not (
+            c.is_modern and index == 0
+        )  # ModernBERT's embeddings are normalised already
+        self.attention_norm = (
+            Norm(c.hidden, eps=c.norm_eps, bias=c.norm_bias) if has_norm else nn.Identity()
+        )
         self.mlp = Mlp(c)
         self.mlp_norm = Norm(c.hidden, eps=c.norm_eps, bias=c.norm_bias)
         self.dropout = Dropout(c.dropout)
@@ -282,7 +316,9 @@ class Encoder(nn.Module):
         self.config = c
         self.activation_checkpointing = False
         self.embeddings = Embeddings(c)
-        self.relative_bias = nn.Embedding(c.relative_buckets, c.num_heads) if c.relative_buckets else None
+        self.relative_bias = (
+            nn.Embedding(c.relative_buckets, c.num_heads) if c.relative_buckets else None
+        )
         self.layers = nn.ModuleList(Layer(c, i) for i in range(c.num_layers))
         self.final_norm = Norm(c.hidden, eps=c.norm_eps, bias=c.norm_bias) if c.is_modern else None
 
@@ -298,7 +334,8 @@ class Encoder(nn.Module):
         longest = max(packed.lengths)
         if longest > self.config.max_positions:
             raise ValueError(
-                f"a text of {longest} tokens exceeds the model's {self.config.max_positions} positions;"
+                f"a text of {longest} tokens exceeds the model's {self.config.max_positions}"
+                f" positions;"
                 " lower model.max_query_length or model.max_passage_length"
             )
         x_TC = self.embeddings(packed)
@@ -313,13 +350,16 @@ class Encoder(nn.Module):
     def _bias(self, longest: int) -> Tensor:
         at_L = torch.arange(longest, device=self.relative_bias.weight.device)
         bucket_LL = relative_bucket(
-            at_L[None] - at_L[:, None], self.config.relative_buckets, self.config.relative_max_distance
+            at_L[None] - at_L[:, None],
+            self.config.relative_buckets,
+            self.config.relative_max_distance,
         )
         return self.relative_bias(bucket_LL).permute(2, 0, 1).contiguous()
 
 
 def relative_bucket(distance: Tensor, num_buckets: int, max_distance: int) -> Tensor:
-    """Bucket of a signed key-minus-query distance (T5: Raffel et al. 2020, sec. 2.1; bidirectional, as MPNet has it).
+    """Bucket of a signed key-minus-query distance (T5: Raffel et al. 2020, sec. 2.1; bidirectional,
+    as MPNet has it).
 
     Half of the buckets a direction; of those, half exact and half logarithmic up to max_distance.
     """
@@ -328,6 +368,8 @@ def relative_bucket(distance: Tensor, num_buckets: int, max_distance: int) -> Te
     side = (distance > 0).long() * half
     away = distance.abs()
     far = exact + (
-        torch.log(away.clamp(min=1).float() / exact) / math.log(max_distance / exact) * (half - exact)
+        torch.log(away.clamp(min=1).float() / exact)
+        / math.log(max_distance / exact)
+        * (half - exact)
     ).long().clamp(max=half - 1 - exact)
     return side + torch.where(away < exact, away, far)

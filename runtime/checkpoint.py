@@ -1,7 +1,9 @@
 """What is saved and restored: everything a resumed run needs to end as if it had never stopped.
 
-Saved: weights, loss parameters, optimiser state, the number of finished steps, best metric and early-stopping count,
-CPU thread count. Not saved, because they are functions of (seed, step): batches, sampled negatives, dropout masks,
+Saved: weights, loss parameters, optimiser state, the number of finished steps, best metric and
+early-stopping count,
+CPU thread count. Not saved, because they are functions of (seed, step): batches, sampled negatives,
+dropout masks,
 the learning rate.
 """
 
@@ -40,7 +42,8 @@ def save(
     *,
     keep: int,
 ) -> Path:
-    """Write checkpoints/step_<step>/ so that it is there whole or not at all; drop all but the `keep` newest and best.
+    """Write checkpoints/step_<step>/ so that it is there whole or not at all; drop all but the
+    `keep` newest and best.
 
     progress  plain values of the loop: best_value, best_step, bad_evaluations
     """
@@ -84,8 +87,11 @@ def mark_best(run_dir: Path, step: int) -> None:
     fsync_dir(run_dir / "checkpoints")
 
 
-def load_latest(run_dir: Path, towers: nn.Module, loss_fn: nn.Module, optimizer: torch.optim.Optimizer) -> dict | None:
-    """Restore the newest readable checkpoint in place; its {"step", "progress"}, or None when there is none.
+def load_latest(
+    run_dir: Path, towers: nn.Module, loss_fn: nn.Module, optimizer: torch.optim.Optimizer
+) -> dict | None:
+    """Restore the newest readable checkpoint in place; its {"step", "progress"}, or None when there
+    is none.
 
     A damaged checkpoint is named in the log and the one before it is used.
     """
@@ -100,7 +106,8 @@ def load_latest(run_dir: Path, towers: nn.Module, loss_fn: nn.Module, optimizer:
         optimizer.load_state_dict(state["optimizer"])
         if state["threads"] != torch.get_num_threads():
             log.warning(
-                "the run so far used %d CPU threads, this process uses %d: results stay correct but not bit for bit"
+                "the run so far used %d CPU threads, this process uses %d: results stay correct"
+                " but not bit for bit"
                 " equal; set runtime.threads=%d for that",
                 state["threads"],
                 torch.get_num_threads(),
@@ -111,10 +118,14 @@ def load_latest(run_dir: Path, towers: nn.Module, loss_fn: nn.Module, optimizer:
 
 
 def load_best(run_dir: Path, towers: nn.Module, loss_fn: nn.Module, step: int) -> None:
-    """Restore the weights of checkpoints/step_<step>. Raises ValueError when they cannot be read."""
+    """Restore the weights of checkpoints/step_<step>. Raises ValueError when they cannot be
+    read."""
     state = _read(checkpoint_dir(run_dir, step))
     if state is None:
-        raise ValueError(f"{checkpoint_dir(run_dir, step)}: the best checkpoint cannot be read; train again with name=")
+        raise ValueError(
+            f"{checkpoint_dir(run_dir, step)}: the best checkpoint cannot be read; train again"
+            f" with name="
+        )
     towers.load_state_dict(state["towers"])
     loss_fn.load_state_dict(state["loss"])
 
@@ -122,11 +133,16 @@ def load_best(run_dir: Path, towers: nn.Module, loss_fn: nn.Module, step: int) -
 def _read(folder: Path) -> dict | None:
     try:
         state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load has no narrow error of its own: zip, pickle and OS errors all occur
+    except (
+        Exception
+    ) as error:  # torch.load has no narrow error of its own: zip, pickle and OS errors all occur
         log.warning("%s is damaged and left out (%s)", folder / "state.pt", error)
         return None
     if state.get("format") != _FORMAT:
-        raise ValueError(f"{folder}: checkpoint format {state.get('format')}, this version reads {_FORMAT}; use name=")
+        raise ValueError(
+            f"{folder}: checkpoint format {state.get('format')}, this version reads {_FORMAT};"
+            f" use name="
+        )
     return state
 
 

@@ -1,4 +1,5 @@
-"""Which device and precision to compute with; what must be set before the first large allocation."""
+"""Which device and precision to compute with; what must be set before the first large
+allocation."""
 
 import contextlib
 import ctypes
@@ -28,7 +29,8 @@ def pick_device(name: str) -> torch.device:
 
 
 def has_fast_bf16(device: torch.device) -> bool:
-    """Whether bf16 matrix products run in hardware; emulated, they are 10 to 50 times slower than float32."""
+    """Whether bf16 matrix products run in hardware; emulated, they are 10 to 50 times slower than
+    float32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":
@@ -51,10 +53,13 @@ def autocast_for(precision: str, device: torch.device) -> Callable[[], AbstractC
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep large freed buffers for the next operation instead of returning them to the system.
+    """Let glibc keep large freed buffers for the next operation instead of returning them to the
+    system.
 
-    By default every large tensor is mapped and unmapped anew, and the page faults cost more than the arithmetic of
-    element-wise layers (docs/numerics.md has the measurement). No effect on results; nothing but Linux has it.
+    By default every large tensor is mapped and unmapped anew, and the page faults cost more than
+    the arithmetic of
+    element-wise layers (docs/numerics.md has the measurement). No effect on results; nothing but
+    Linux has it.
     """
     if not sys.platform.startswith("linux"):
         return

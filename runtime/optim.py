@@ -1,4 +1,5 @@
-"""AdamW with decay groups and layer-wise rates; the learning rate as a pure function of the step."""
+"""AdamW with decay groups and layer-wise rates; the learning rate as a pure function of the
+step."""
 
 import math
 
@@ -33,9 +34,11 @@ def num_warmup_steps(total_steps: int, c: OptimConfig) -> int:
 
 
 def decay_groups(model: nn.Module, loss_fn: nn.Module, c: OptimConfig) -> list[dict]:
-    """Parameter groups with `lr_factor`: matrices decay; biases, norms and the loss's own parameters do not.
+    """Parameter groups with `lr_factor`: matrices decay; biases, norms and the loss's own
+    parameters do not.
 
-    With layer_decay < 1 a layer's rate falls by that factor for each layer above it, the embeddings' lowest
+    With layer_decay < 1 a layer's rate falls by that factor for each layer above it, the
+    embeddings' lowest
     (Clark et al. 2020, ELECTRA, appendix A).
     """
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {}

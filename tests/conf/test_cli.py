@@ -1,7 +1,10 @@
-"""The command line: every way to mistype a setting ends in a message, and ordinary values survive."""
+"""The command line: every way to mistype a setting ends in a message, and ordinary values
+survive.
+"""
 
 import dataclasses
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +19,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture
 def run(tmp_path, monkeypatch, capfd):
-    """Run main() in this process from an empty folder: (exit code, calls of the job, stdout, stderr)."""
+    """Run main() in this process from an empty folder: (exit code, calls of the job, stdout,
+    stderr).
+    """
     monkeypatch.chdir(tmp_path)
 
     def run(*args, cls=TrainConfig, job=None):
@@ -78,8 +83,6 @@ MISTYPED = [
 @pytest.mark.parametrize("args, wanted", MISTYPED, ids=[" ".join(a) for a, _ in MISTYPED])
 def test_mistyped_setting_is_an_error_with_the_remedy(run, args, wanted, tmp_path):
     """Hydra accepts `+optim.lrr=1` and drops it; argparse and OmegaConf end in tracebacks."""
-    import re
-
     has_data = any(a.startswith(("data", "experiment")) for a in args)
     code, calls, _, err = run(*args, *([] if has_data else ["data=toy"]))
     assert code == 2 and calls == []
@@ -99,7 +102,9 @@ def test_experiment_file_with_unknown_key_names_file_key_and_class(run, tmp_path
 
 
 def test_experiment_file_without_package_line_is_an_error(run, tmp_path):
-    """Without `# @package _global_` plain Hydra puts the file under `experiment` and nothing changes."""
+    """Without `# @package _global_` plain Hydra puts the file under `experiment` and nothing
+    changes.
+    """
     (tmp_path / "more/experiment").mkdir(parents=True)
     path = tmp_path / "more/experiment/mine.yaml"
     path.write_text("optim:\n  lr: 1\n")
@@ -111,8 +116,10 @@ def test_experiment_file_without_package_line_is_an_error(run, tmp_path):
     assert code == 0 and calls[0][0].optim.lr == 1
 
 
-AWKWARD = ["بيانات التدريب", "a=b", "a,b", "~x", "#1", "(1)", "1e3", "null_", "a b", "it's", 'q"q',
-           "back\\", "a:b", "[x]", "{x}", "$x", "true", "007", "a'b\"c\\", "query: "]  # fmt: skip
+AWKWARD = [
+    "\u0628\u064a\u0627\u0646\u0627\u062a \u0627\u0644\u062a\u062f\u0631\u064a\u0628",
+    "a=b", "a,b", "~x", "#1", "(1)", "1e3", "null_", "a b", "it's", 'q"q',
+    "back\\", "a:b", "[x]", "{x}", "$x", "true", "007", "a'b\"c\\", "query: "]  # fmt: skip
 
 
 @pytest.mark.parametrize("value", AWKWARD)
@@ -139,8 +146,9 @@ def test_null_and_the_users_own_quotes_keep_their_meaning(run):
 def test_keys_under_mappings_need_no_plus(run):
     """Hydra refuses a key that a mapping does not hold yet, and typed elements it cannot make."""
     code, calls, _, err = run(
-        "data.filter.label=0", "data.filter.kind=a(b=c", "data.columns.query=premise", "data.sets.a.root=x y",
-        "data.sets.a.weight=2", "+data.sets.b.root=z", "data.sets.b.columns.positive=p",
+        "data.filter.label=0", "data.filter.kind=a(b=c", "data.columns.query=premise",
+        "data.sets.a.root=x y", "data.sets.a.weight=2", "+data.sets.b.root=z",
+        "data.sets.b.columns.positive=p",
     )  # fmt: skip
     assert code == 0, err
     data = calls[0][0].data
@@ -196,8 +204,11 @@ def test_cfg_job_prints_every_setting_and_runs_nothing(run):
     assert "temperature: 0.05" in out and "name: quickstart" in out
 
 
+@pytest.mark.slow
 def test_sweep_arms_are_kept_apart_and_a_failing_arm_stops_no_other(run, tmp_path):
-    """One directory for all arms loses all but the last; Hydra raises the first arm's error only."""
+    """One directory for all arms loses all but the last; Hydra raises the first arm's error
+    only.
+    """
 
     def job(c, run_dir):
         if c.optim.lr == 0.5 and c.seed == 1:
@@ -237,7 +248,9 @@ def test_sweep_over_paths_and_result_neutral_settings_has_a_directory_each(run, 
 
 def test_one_sweep_directory_is_accepted_by_evaluate(run, tmp_path):
     """`=` or `,` in a directory name would break model=<dir>."""
-    _, calls, _, _ = run("-m", "data=toy", "name=بحث 1", "optim.lr=1e-4,1e-5", "loss.dims=[8,4]")
+    _, calls, _, _ = run(
+        "-m", "data=toy", "name=\u0628\u062d\u062b 1", "optim.lr=1e-4,1e-5", "loss.dims=[8,4]"
+    )
     run_dir = calls[1][1]
     assert run_dir.is_dir() and "=" not in str(run_dir) and "," not in str(run_dir)
     code, calls, _, err = run(f"model={run_dir}", "data=x=1,y", cls=EvaluateConfig)
@@ -253,7 +266,10 @@ def test_evaluate_sweep_gives_each_arm_a_folder_under_out(run):
 
 
 def test_errors_of_the_job_keep_their_traceback_where_it_belongs(run, tmp_path):
-    """ValueError is the user's: a message. Anything else is ours: a traceback. Both leave error.txt."""
+    """ValueError is the user's: a message.
+
+    Anything else is ours: a traceback. Both leave error.txt.
+    """
 
     def user(c, run_dir):
         raise ValueError("data/train.tsv:3: expected 3 fields, found 2")
@@ -291,15 +307,18 @@ def test_flags_may_stand_anywhere(run):
     assert [c.seed for c, _ in calls] == [0, 1]
 
 
+@pytest.mark.slow
 def test_whole_program_exit_codes_and_paths_relative_to_where_they_are_typed(tmp_path):
-    """What a shell sees: Hydra changes folders in some settings and swallows exit codes in others."""
+    """What a shell sees: Hydra changes folders in some settings and swallows exit codes in
+    others.
+    """
     script = tmp_path / "train.py"
     script.write_text(
         "from conf.cli import main\nfrom conf.schema import TrainConfig\n"
         "def train(c, run_dir):\n    print(open(c.data.root).read())\n"
         "if __name__ == '__main__':\n    main(TrainConfig, 'train', train)\n"
     )
-    folder = tmp_path / "مجلد (1)"
+    folder = tmp_path / "\u0645\u062c\u0644\u062f (1)"
     folder.mkdir()
     (folder / "a=b.txt").write_text("found it")
     env = {**os.environ, "PYTHONPATH": str(ROOT)}

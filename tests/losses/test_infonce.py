@@ -21,7 +21,8 @@ def plain_targets(B: int) -> Targets:
 
 
 def ragged_targets() -> Targets:
-    """4 queries, 7 passages: query 0 has two positives, query 2 a relative that is no positive of this batch."""
+    """4 queries, 7 passages: query 0 has two positives, query 2 a relative that is no positive of
+    this batch."""
     return Targets(
         pair_query_P=torch.tensor([0, 0, 1, 2, 3]),
         pair_passage_P=torch.tensor([4, 1, 0, 2, 6]),
@@ -49,14 +50,16 @@ def by_loops(q, p, targets: Targets, temperature: float, symmetric: float) -> fl
 @pytest.mark.parametrize("symmetric", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("temperature", [1.0, 0.05])
 def test_loss_equals_its_definition(symmetric, temperature):
-    """Several positives, relatives, hard negatives: each mask in the definition must be in the code."""
+    """Several positives, relatives, hard negatives: each mask in the definition must be in the
+    code."""
     q, p, targets = unit(4, 5), unit(7, 5, seed=1), ragged_targets()
     loss, _ = infonce(q, p, targets, temperature=temperature, symmetric=symmetric)
     assert loss.item() == pytest.approx(by_loops(q, p, targets, temperature, symmetric), rel=1e-10)
 
 
 def test_in_batch_loss_equals_cross_entropy():
-    """With one positive each and no other relatives it is cross entropy over the rows (another formula)."""
+    """With one positive each and no other relatives it is cross entropy over the rows (another
+    formula)."""
     q, p = unit(6, 8).requires_grad_(), unit(9, 8, seed=1).requires_grad_()
     at = torch.arange(6)
     loss, _ = infonce(q, p, Targets(at, at, torch.ones(6), at[:, None], 6), temperature=0.05)
@@ -69,7 +72,8 @@ def test_in_batch_loss_equals_cross_entropy():
 
 
 def test_gradient_of_easy_rows_does_not_cancel():
-    """At a loss of 1e-8 a log-softmax in float32 has no digits left; softplus of the margin keeps them all."""
+    """At a loss of 1e-8 a log-softmax in float32 has no digits left; softplus of the margin keeps
+    them all."""
     q = torch.eye(8, 16)
     targets = plain_targets(8)
     exact, _ = infonce(q.double(), q.double(), targets, temperature=0.05)
@@ -100,23 +104,32 @@ def test_matryoshka_is_the_weighted_mean_of_one_loss_a_dim():
     c = LossConfig(temperature=0.1, dims=[8, 3, 2], dim_weights=[1.0, 2.0, 0.5])
     loss, numbers = InfoNCE(c).double()(q, p, targets)
     expected = sum(
-        w * by_loops(F.normalize(q[:, :d], dim=-1), F.normalize(p[:, :d], dim=-1), targets, 0.1, 0.0)
+        w
+        * by_loops(F.normalize(q[:, :d], dim=-1), F.normalize(p[:, :d], dim=-1), targets, 0.1, 0.0)
         for d, w in zip(c.dims, c.dim_weights, strict=True)
     ) / sum(c.dim_weights)
     assert loss.item() == pytest.approx(expected, rel=1e-6)  # the temperature is kept in float32
     scores = q @ p.T / 0.1
     assert numbers["mean_similarity"] == pytest.approx(scores.mean().item(), rel=1e-6)
-    assert numbers["diagonal"] == pytest.approx(scores[targets.pair_query_P, targets.pair_passage_P].mean().item(), rel=1e-6)
+    assert numbers["diagonal"] == pytest.approx(
+        scores[targets.pair_query_P, targets.pair_passage_P].mean().item(), rel=1e-6
+    )
 
 
 def test_learned_temperature_has_the_right_gradient_and_stays_in_bounds():
-    """d loss / d log temperature against a central difference; past a bound it must not move further."""
+    """d loss / d log temperature against a central difference; past a bound it must not move
+    further."""
     q, p, targets = unit(4, 5), unit(7, 5, seed=1), ragged_targets()
     module = InfoNCE(LossConfig(temperature=0.1, learn_temperature=True)).double()
     module(q, p, targets)[0].backward()
     step = 1e-6
-    near = [infonce(q, p, targets, temperature=module.temperature.item() * math.exp(s))[0] for s in (step, -step)]
-    assert module.log_temperature.grad.item() == pytest.approx(((near[0] - near[1]) / (2 * step)).item(), rel=1e-6)
+    near = [
+        infonce(q, p, targets, temperature=module.temperature.item() * math.exp(s))[0]
+        for s in (step, -step)
+    ]
+    assert module.log_temperature.grad.item() == pytest.approx(
+        ((near[0] - near[1]) / (2 * step)).item(), rel=1e-6
+    )
     with torch.no_grad():
         module.log_temperature.fill_(math.log(50.0))
     assert module.temperature.item() == pytest.approx(1.0)

@@ -1,4 +1,5 @@
-"""The packed encoder against transformers, on ragged batches: hidden states and parameter gradients."""
+"""The packed encoder against transformers, on ragged batches: hidden states and parameter
+gradients."""
 
 import numpy as np
 import pytest
@@ -36,7 +37,12 @@ def save_tiny(layout: str, folder) -> None:
         "mpnet": lambda: hf.MPNetModel(hf.MPNetConfig(**common), add_pooling_layer=False),
         "modernbert": lambda: hf.ModernBertModel(
             hf.ModernBertConfig(
-                **common, local_attention=16, pad_token_id=0, bos_token_id=2, eos_token_id=1, cls_token_id=2,
+                **common,
+                local_attention=16,
+                pad_token_id=0,
+                bos_token_id=2,
+                eos_token_id=1,
+                cls_token_id=2,
                 sep_token_id=1,
             )  # fmt: skip
         ),
@@ -67,7 +73,8 @@ def hf_hidden(model, texts) -> torch.Tensor:
 @pytest.mark.parametrize("layout", ["bert", "xlm-roberta", "mpnet", "modernbert"])
 @pytest.mark.parametrize("way", ["grouped", "padded"])
 def test_hidden_states_and_gradients_equal_transformers(layout, way, tmp_path, monkeypatch):
-    """A wrong position offset, window, bias bucket or fused-qkv order shows here and nowhere earlier."""
+    """A wrong position offset, window, bias bucket or fused-qkv order shows here and nowhere
+    earlier."""
     from transformers import AutoModel
 
     save_tiny(layout, tmp_path)
@@ -93,12 +100,17 @@ def test_hidden_states_and_gradients_equal_transformers(layout, way, tmp_path, m
 
 
 def _matching_gradient(name: str, theirs: dict) -> torch.Tensor | None:
-    """The gradient of transformers' weight(s) behind one of our names; spelled out here, not read from our map."""
+    """The gradient of transformers' weight(s) behind one of our names; spelled out here, not read
+    from our map."""
     words = name.split(".")
     if words[0] == "embeddings":
         keys = {"word": ("word_embeddings", "tok_embeddings"), "position": ("position_embeddings",),
                 "token_type": ("token_type_embeddings",), "norm": ("LayerNorm", "norm")}[words[1]]  # fmt: skip
-        return next(theirs[f"embeddings.{k}.{words[2]}"].grad for k in keys if f"embeddings.{k}.{words[2]}" in theirs)
+        return next(
+            theirs[f"embeddings.{k}.{words[2]}"].grad
+            for k in keys
+            if f"embeddings.{k}.{words[2]}" in theirs
+        )
     if words[0] == "relative_bias":
         return theirs["encoder.relative_attention_bias.weight"].grad
     if words[0] == "final_norm":
@@ -121,16 +133,21 @@ def _matching_gradient(name: str, theirs: dict) -> torch.Tensor | None:
         "mlp.down": ("output.dense",),
         "mlp_norm": ("output.LayerNorm",),
     }[part]
-    return next(theirs[f"{layer}.{c}.{kind}"].grad for c in choices if f"{layer}.{c}.{kind}" in theirs)
+    return next(
+        theirs[f"{layer}.{c}.{kind}"].grad for c in choices if f"{layer}.{c}.{kind}" in theirs
+    )
 
 
 @pytest.mark.parametrize("half_window", [0, 3])
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_grouped_attention_gradient_equals_finite_differences(half_window, with_bias):
-    """The backward is written by hand: finite differences in float64 are the judge, bias and window included."""
+    """The backward is written by hand: finite differences in float64 are the judge, bias and window
+    included."""
     lengths = [7, 7, 4, 1]
     generator = torch.Generator().manual_seed(0)
-    qkv = torch.randn(sum(lengths), 3, 2, 3, dtype=torch.float64, generator=generator, requires_grad=True)
+    qkv = torch.randn(
+        sum(lengths), 3, 2, 3, dtype=torch.float64, generator=generator, requires_grad=True
+    )
     bias = None
     if with_bias:
         bias = torch.randn(2, 7, 7, dtype=torch.float64, generator=generator, requires_grad=True)
@@ -139,7 +156,8 @@ def test_grouped_attention_gradient_equals_finite_differences(half_window, with_
 
 
 def test_bf16_attention_stays_within_rounding_of_float64():
-    """The bf16 path is another piece of code (plain bmm): its error must be that of bf16, about 2^-8, no more."""
+    """The bf16 path is another piece of code (plain bmm): its error must be that of bf16, about
+    2^-8, no more."""
     lengths = [9, 9, 3]
     qkv = torch.randn(21, 3, 2, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     groups = length_groups(lengths)
@@ -149,7 +167,8 @@ def test_bf16_attention_stays_within_rounding_of_float64():
 
 
 def test_no_text_sees_another(tmp_path):
-    """Packing must be invisible: a text alone and the same text among others give the same hidden states."""
+    """Packing must be invisible: a text alone and the same text among others give the same hidden
+    states."""
     save_tiny("bert", tmp_path)
     encoder = load_encoder(tmp_path)[0].eval()
     texts = random_texts()
@@ -159,7 +178,8 @@ def test_no_text_sees_another(tmp_path):
 
 
 def test_activation_checkpointing_changes_nothing(tmp_path):
-    """Recomputed layers must draw the same dropout masks and give the same gradients, bit for bit."""
+    """Recomputed layers must draw the same dropout masks and give the same gradients, bit for
+    bit."""
     save_tiny("bert", tmp_path)
     gradients = []
     for checkpointing in (False, True):

@@ -29,7 +29,7 @@ _SIZES = {
 
 
 def save_tokenizer(folder: Path, *, roberta: bool = False) -> int:
-    """A word tokenizer with truncation and padding switched on, as files on the hub have; returns its size."""
+    """A word tokenizer that truncates and pads, as files on the hub do; returns its size."""
     special = ["<s>", "<pad>", "</s>", "<unk>"] if roberta else ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
     pad, unk, cls, sep = (special[i] for i in ((1, 3, 0, 2) if roberta else (0, 1, 2, 3)))
     vocab = {word: i for i, word in enumerate(special + WORDS)}
@@ -78,10 +78,15 @@ def save_model(
     seed: int = 0,
     **save_options,
 ) -> Path:
-    """Folder of a random model of `kind` with its tokenizer; head "ForMaskedLM" saves the head too."""
+    """Folder of a random model of `kind` with its tokenizer; head="ForMaskedLM" saves one."""
     vocab_size = save_tokenizer(folder, roberta=kind in ("xlm-roberta", "mpnet"))
     config = hf_config(kind, vocab_size, num_layers)
-    bare = {"bert": "Bert", "xlm-roberta": "XLMRoberta", "mpnet": "MPNet", "modernbert": "ModernBert"}
+    bare = {
+        "bert": "Bert",
+        "xlm-roberta": "XLMRoberta",
+        "mpnet": "MPNet",
+        "modernbert": "ModernBert",
+    }
     torch.manual_seed(seed)
     model = getattr(transformers, bare[kind] + (head or "Model"))(config)
     with torch.no_grad():  # norms and biases start at 1 and 0, where a mix-up would not show

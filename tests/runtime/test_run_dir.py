@@ -82,7 +82,10 @@ def test_values_that_lose_characters_still_differ(one, other):
     assert part(f'model.query_prompt="{one}"') != part(f'model.query_prompt="{other}"')
 
 
-@pytest.mark.parametrize("value", ["a=b", "a/b", "نص طويل " * 30, "x" * 500, "../..", "a\nb"])
+@pytest.mark.parametrize(
+    "value",
+    ["a=b", "a/b", "\u0646\u0635 \u0637\u0648\u064a\u0644 " * 30, "x" * 500, "../..", "a\nb"],
+)
 def test_name_is_short_and_safe_for_a_file_system_and_the_command_line(value, tmp_path):
     name = part(
         f'model.query_prompt="{value}"', "optim.lr=1", "optim.warmup=0.5", "loss=matryoshka"
@@ -114,13 +117,16 @@ def test_config_reads_back_to_the_same_values(start):
     """YAML reads 1e3 as a number, `no` as false and drops a trailing space if asked carelessly."""
     c = TrainConfig(name="1e3", optim=OptimConfig(lr=1e-5))
     c.model.query_prompt, c.model.passage_prompt = "query: ", "${name} no"
-    c.data.columns, c.data.filter = {"query": "عنوان"}, {"label": 0, "kind": "1"}
+    c.data.columns, c.data.filter = (
+        {"query": "\u0639\u0646\u0648\u0627\u0646"},
+        {"label": 0, "kind": "1"},
+    )
     run_dir = start(
         **{f.name: getattr(c, f.name) for f in dataclasses.fields(c) if f.name != "runs_dir"}
     )
     found = read_config(run_dir)
     assert found == dataclasses.asdict(c) | {"runs_dir": found["runs_dir"]}
-    assert "عنوان" in (run_dir / "config.yaml").read_text(encoding="utf-8")
+    assert "\u0639\u0646\u0648\u0627\u0646" in (run_dir / "config.yaml").read_text(encoding="utf-8")
 
 
 def test_environment_has_commit_versions_and_no_host_name(start):
@@ -160,14 +166,14 @@ def test_git_state_holds_commit_and_uncommitted_changes(tmp_path, monkeypatch):
 def test_atomic_write_leaves_old_or_new_and_no_rest(tmp_path, monkeypatch):
     """A full disk in the middle of a write must not cost the old file."""
     path = tmp_path / "result.json"
-    write_json_atomic(path, {"a": "é"})
-    assert json.loads(path.read_text(encoding="utf-8")) == {"a": "é"}
+    write_json_atomic(path, {"a": "\u00e9"})
+    assert json.loads(path.read_text(encoding="utf-8")) == {"a": "\u00e9"}
     with pytest.raises(ValueError):
         write_json_atomic(path, {"a": float("nan")})
 
     os.link(path, tmp_path / "reader")  # whoever has the old file open must keep it whole
     write_text_atomic(path, "new")
-    assert json.loads((tmp_path / "reader").read_text(encoding="utf-8")) == {"a": "é"}
+    assert json.loads((tmp_path / "reader").read_text(encoding="utf-8")) == {"a": "\u00e9"}
     (tmp_path / "reader").rename(path)
 
     def full(descriptor):
@@ -176,7 +182,7 @@ def test_atomic_write_leaves_old_or_new_and_no_rest(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError):
         write_text_atomic(path, "new")
-    assert json.loads(path.read_text(encoding="utf-8")) == {"a": "é"}
+    assert json.loads(path.read_text(encoding="utf-8")) == {"a": "\u00e9"}
     assert [p.name for p in tmp_path.iterdir()] == ["result.json"]
 
 
@@ -282,12 +288,14 @@ def test_foreign_folder_is_not_emptied(start, tmp_path):
 
 def test_unwritable_place_is_a_message(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match="cannot be made.*runs_dir="):
+    with pytest.raises(ValueError, match=r"cannot be made.*runs_dir="):
         prepare_run_dir(TrainConfig(runs_dir=str(tmp_path / "file")))
 
 
 def test_second_process_is_refused_and_a_kill_frees_the_directory(tmp_path, start):
-    """Two writers would mix their checkpoints; a lock that outlives a kill would block the resume."""
+    """Two writers would mix their checkpoints; a lock that outlives a kill would block the
+    resume.
+    """
     code = (
         "import sys, time; from conf.schema import TrainConfig\n"
         "from runtime.run_dir import prepare_run_dir\n"
@@ -299,7 +307,7 @@ def test_second_process_is_refused_and_a_kill_frees_the_directory(tmp_path, star
     child = subprocess.Popen(args, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     try:
         assert child.stdout.readline() == "held\n"
-        with pytest.raises(ValueError, match="in use by another process.*name="):
+        with pytest.raises(ValueError, match=r"in use by another process.*name="):
             start()
         time.sleep(0.2)  # let it fork
         child.send_signal(signal.SIGKILL)

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import subprocess
 import sys
 import time
@@ -63,6 +64,7 @@ def test_rows_are_json_objects_in_order_with_clock_values_under_time(tmp_path):
     t.finish()
 
 
+@pytest.mark.slow
 def test_torch_scalars_are_numbers(tmp_path):
     torch = pytest.importorskip("torch")
     t = Tracker(OFF, tmp_path)
@@ -242,17 +244,19 @@ def test_other_ranks_write_nothing(tmp_path, monkeypatch, wandb):
 
 def test_metrics_that_cannot_be_written_are_a_message(tmp_path):
     (tmp_path / "metrics.jsonl").mkdir()
-    with pytest.raises(ValueError, match="metrics.jsonl cannot be written"):
+    with pytest.raises(ValueError, match=r"metrics.jsonl cannot be written"):
         Tracker(OFF, tmp_path)
 
 
+@pytest.mark.slow
 def test_real_wandb_offline_writes_under_the_run_directory_and_is_silent(tmp_path):
     """With the package itself: settings names change between its versions."""
     pytest.importorskip("wandb")
     code = (
         "import sys, time; from pathlib import Path; from runtime.track import Tracker\n"
         "from conf.schema import TrainConfig\n"
-        "c = TrainConfig(); t = Tracker(c.wandb, Path(sys.argv[1]), c); begin = time.perf_counter()\n"
+        "c = TrainConfig(); t = Tracker(c.wandb, Path(sys.argv[1]), c)\n"
+        "begin = time.perf_counter()\n"
         "for step in range(20): t.log(step, loss=step)\n"
         "assert time.perf_counter() - begin < 1.0, 'W&B holds the first steps up'\n"
         "t.finish({'a': {'b': 1}}, table=(['x'], [[1]]))\n"
@@ -261,8 +265,6 @@ def test_real_wandb_offline_writes_under_the_run_directory_and_is_silent(tmp_pat
     home.mkdir()
     run_dir = tmp_path / "run (1)=x"
     run_dir.mkdir()
-    import os
-
     env = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")} | {"HOME": str(home)}
     done = subprocess.run(
         [sys.executable, "-c", code, str(run_dir)],

@@ -1,0 +1,172 @@
+"""evaluate.py from settings to eval.json, run.trec and tables."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import pytrec_eval
+
+import evaluate
+from conf.schema import EvaluateConfig
+
+ROOT = Path(__file__).parents[2]
+WORDS = "red green blue fish whale fox apple pear stone river mountain cloud".split()
+
+
+@pytest.fixture
+def beir(tmp_path) -> Path:
+    """80 documents of three words (copies among them), 30 queries, grades 1 and 2."""
+    rng = np.random.default_rng(0)
+    folder = tmp_path / "set"
+    (folder / "qrels").mkdir(parents=True)
+    texts = [" ".join(rng.choice(WORDS, 3)) for _ in range(80)]
+    texts[7] = texts[61] = texts[3]
+    corpus = [{"_id": f"d{i}", "title": "", "text": t} for i, t in enumerate(texts)]
+    queries = [{"_id": f"q{i}", "text": " ".join(rng.choice(WORDS, 2))} for i in range(30)]
+    (folder / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in corpus))
+    (folder / "queries.jsonl").write_text("".join(json.dumps(row) + "\n" for row in queries))
+    rows = [f"q{i}\td{rng.integers(80)}\t{rng.integers(1, 3)}" for i in range(30)]
+    (folder / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\n" + "\n".join(rows) + "\n")
+    return folder
+
+
+def config(model, data, **rest) -> EvaluateConfig:
+    return EvaluateConfig(model=str(model), data=str(data), device="cpu", **rest)
+
+
+def test_a_model_is_evaluated_at_every_dim_from_one_encoding(beir, tiny_base, tmp_path, monkeypatch, capsys):
+    """sentence-transformers encodes the corpus again for each dim; here texts pass the model once."""
+    from evals import encode as module
+
+    encoded = []
+    original = module.encode
+
+    def counted(towers, texts, side, **options):
+        encoded.extend(texts)
+        return original(towers, texts, side, **options)
+
+    monkeypatch.setattr(module, "encode", counted)
+    out = tmp_path / "out"
+    result = evaluate.run(config(tiny_base, beir, dims=[4, 16, 8], out=str(out)))
+    assert len(encoded) == len(set(encoded)) + len(set(encoded) & set()) <= 110
+    assert list(result["metrics"]) == ["16", "8", "4", "bm25"]
+    assert result["bytes_per_document"] == {"16": 64, "8": 32, "4": 16}
+    assert sorted(p.name for p in out.iterdir()) == [
+        "eval.json", "run.trec", "run_4.trec", "run_8.trec", "run_bm25.trec",
+    ]  # fmt: skip
+    assert json.loads((out / "eval.json").read_text()) == result
+    printed = capsys.readouterr().out
+    for text in ("dim 16", "dim 4", "BM25", "30 queries, 80 documents", "nDCG@10"):
+        assert text in printed
+
+
+def test_trec_eval_reads_the_same_numbers_from_the_run_files(beir, tiny_base, tmp_path):
+    """Copies of a document tie: the written scores must leave the order of ties to the ids."""
+    out = tmp_path / "out"
+    result = evaluate.run(config(tiny_base, beir, dims=[16, 4], precision="binary", out=str(out)))
+    qrels: dict = {}
+    for line in (beir / "qrels" / "test.tsv").read_text().splitlines()[1:]:
+        query, doc, grade = line.split("\t")
+        qrels.setdefault(query, {})[doc] = int(grade)
+    for name, label in (("run.trec", "16"), ("run_4.trec", "4"), ("run_bm25.trec", "bm25")):
+        with open(out / name, encoding="utf-8") as f:
+            run = pytrec_eval.parse_run(f)
+        found = pytrec_eval.RelevanceEvaluator(qrels, {"ndcg_cut_10", "map_cut_100"}).evaluate(run)
+        for ours, theirs in (("ndcg@10", "ndcg_cut_10"), ("map@100", "map_cut_100")):
+            mean = sum(found.get(q, {theirs: 0})[theirs] for q in qrels) / len(qrels)
+            assert abs(result["metrics"][label][ours] - mean) <= 1e-9
+
+
+def test_a_second_run_writes_the_same_bytes(beir, tiny_base, tmp_path):
+    """In another process, under another hash seed and from the command line."""
+    command = [
+        sys.executable, str(ROOT / "evaluate.py"), f"model={tiny_base}", f"data={beir}",
+        "dims=[16,8]", "precision=int8", "device=cpu", f"out={tmp_path / 'out'}",
+    ]  # fmt: skip
+    contents = []
+    for seed in "12":
+        env = {"PYTHONHASHSEED": seed, "PATH": "/usr/bin:/bin", "HF_HUB_OFFLINE": "1"}
+        done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert "dim 16" in done.stdout
+        contents.append({p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()})
+    assert contents[0] == contents[1] and len(contents[0]) == 4
+
+
+def test_against_adds_paired_differences(beir, tiny_base, tmp_path, capsys):
+    """Against BM25, against a model, and against the eval.json of an earlier evaluation."""
+    first = evaluate.run(config(tiny_base, beir, dims=[8], out=str(tmp_path / "first"), bm25=False))
+    for against in (tmp_path / "first", tmp_path / "first" / "eval.json", tiny_base):
+        other = evaluate.run(config("bm25", beir, against=str(against), dims=[8]))["against_result"]
+        delta = other["delta"]["bm25"]["ndcg@10"]
+        assert other["label"] == {"bm25": "8"}
+        mine = other["metrics"]["bm25"]["ndcg@10"] + delta["diff"]
+        values = evaluate.run(config("bm25", beir))["metrics"]["bm25"]
+        assert mine == pytest.approx(values["ndcg@10"], abs=1e-12) and delta["n"] == 30
+        assert other["metrics"]["bm25"] == pytest.approx(first["metrics"]["8"], abs=1e-12)
+    capsys.readouterr()
+    same = evaluate.run(config(tiny_base, beir, dims=[8], against=str(tiny_base)))["against_result"]
+    assert same["delta"]["8"]["ndcg@10"] == {"diff": 0.0, "ci95": [0.0, 0.0], "p": 1.0, "n": 30}
+    assert f"against {tiny_base}" in capsys.readouterr().out
+
+
+def test_bm25_alone_and_without_bm25(beir, tiny_base):
+    assert list(evaluate.run(config("bm25", beir))["metrics"]) == ["bm25"]
+    result = evaluate.run(config(tiny_base, beir, bm25=False, top_k=10))
+    assert list(result["metrics"]) == ["16"]
+    assert "recall@100" not in result["metrics"]["16"]
+
+
+def test_another_evaluation_is_not_overwritten(beir, tmp_path):
+    """The same evaluation may be repeated; another one in the same folder is a mistake."""
+    out = str(tmp_path / "out")
+    evaluate.run(config("bm25", beir, out=out))
+    evaluate.run(config("bm25", beir, out=out))
+    with pytest.raises(ValueError, match="holds another evaluation \\(top_k was 100, now 50\\)"):
+        evaluate.run(config("bm25", beir, out=out, top_k=50))
+    (tmp_path / "out" / "eval.json").write_text("{")
+    with pytest.raises(ValueError, match="expected JSON as evaluate.py writes it"):
+        evaluate.run(config("bm25", beir, out=out))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="is a file; want a folder"):
+        evaluate.run(config("bm25", beir, out=str(tmp_path / "file")))
+
+
+def test_errors_name_what_is_wrong(beir, tiny_base, tmp_path):
+    with pytest.raises(ValueError, match=r"no split 'dev'.*test"):
+        evaluate.run(config("bm25", beir, split="dev"))
+    with pytest.raises(ValueError, match="dims: 32 is more than .* has; its embeddings have 16"):
+        evaluate.run(config(tiny_base, beir, dims=[32]))
+    with pytest.raises(ValueError, match="nowhere"):
+        evaluate.run(config("bm25", tmp_path / "nowhere"))
+    with pytest.raises(ValueError, match="nothing_here"):
+        evaluate.run(config(tmp_path / "nothing_here", beir))
+    with pytest.raises(ValueError, match="cannot be read"):
+        evaluate.run(config("bm25", beir, against=str(tmp_path / "missing.json")))
+
+
+def test_against_results_of_other_data_is_refused(beir, tmp_path):
+    """Same ids, another judgement: a paired test would compare apples and pears."""
+    evaluate.run(config("bm25", beir, out=str(tmp_path / "before")))
+    qrels = beir / "qrels" / "test.tsv"
+    lines = qrels.read_text().splitlines()
+    lines[1] = lines[1][:-1] + ("1" if lines[1].endswith("2") else "2")
+    qrels.write_text("\n".join(lines) + "\n")
+    with pytest.raises(ValueError, match="is of another test set"):
+        evaluate.run(config("bm25", beir, against=str(tmp_path / "before")))
+
+
+def test_against_eval_without_the_asked_dim_is_refused(beir, tiny_base, tmp_path):
+    evaluate.run(config(tiny_base, beir, dims=[16], out=str(tmp_path / "before"), bm25=False))
+    with pytest.raises(ValueError, match="has no results at 8 dimensions, only at 16"):
+        evaluate.run(config(tiny_base, beir, dims=[8], against=str(tmp_path / "before")))
+
+
+def test_importing_evaluate_loads_nothing_heavy():
+    """A library named evaluate exists: whoever imports that name must not start torch or Hydra."""
+    code = "import sys, evaluate; print([m for m in ('torch', 'hydra', 'numpy') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.strip() == "[]", done.stderr

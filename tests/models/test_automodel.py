@@ -1,0 +1,175 @@
+"""The AutoModel adapter: any transformers architecture behind our encoder's interface."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from tiny_models import TEXTS, save_model, save_tokenizer
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+from conf.schema import ModelConfig
+from data.tokens import tokenise
+from models.automodel import AutoEncoder
+from models.build import build_model
+from models.export import export
+from models.pretrained import load_encoder, load_towers
+from models.transformer import Encoder, pack
+
+SIZES = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
+SIZES |= {"intermediate_size": 40, "initializer_range": 0.3, "max_position_embeddings": 64}
+
+
+def save_decoder(folder: Path, *, padding_side: str = "left") -> Path:
+    """A tiny causal language model, as decoder embedders are stored."""
+    vocab_size = save_tokenizer(folder)
+    config = folder / "tokenizer_config.json"
+    config.write_text(config.read_text().replace("{", f'{{"padding_side": "{padding_side}", ', 1))
+    torch.manual_seed(0)
+    c = transformers.LlamaConfig(
+        **SIZES, vocab_size=vocab_size, num_key_value_heads=2, pad_token_id=0, bos_token_id=2,
+        eos_token_id=3,
+    )  # fmt: skip
+    transformers.LlamaForCausalLM(c).save_pretrained(folder)
+    return folder
+
+
+def test_decoder_is_loaded_with_last_token_pooling_and_equals_transformers(tmp_path):
+    """The reference sees one text at a time, without padding: nothing to get wrong."""
+    folder = save_decoder(tmp_path / "m")
+    towers = build_model(ModelConfig(base=str(folder))).eval()
+    assert isinstance(towers.passage.encoder, AutoEncoder)
+    assert towers.spec.pooling == "last"
+    model = transformers.AutoModel.from_pretrained(folder).eval()
+    tokens = tokenise(towers.tokenizer_passage, TEXTS, "", 48)
+    with torch.no_grad():
+        got = towers.encode_passage(pack(tokens))
+        want = [model(torch.tensor(t[None]).long()).last_hidden_state[0, -1] for t in tokens]
+    want = torch.nn.functional.normalize(torch.stack(want), dim=-1)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-5)  # fp32: the mask changes the kernel
+
+
+def test_left_and_right_padding_give_the_same_states_and_gradients(tmp_path):
+    """Padded on the left, positions would start at the padding and the last token would move."""
+    grads = []
+    for side in ("left", "right"):
+        encoder, _ = load_encoder(save_decoder(tmp_path / side, padding_side=side))
+        assert encoder.padding_side == side
+        tokens = [np.arange(4, 4 + n) % 30 for n in (5, 1, 9, 3)]
+        hidden_TC = encoder(pack(tokens))
+        assert hidden_TC.shape == (18, 24)
+        (hidden_TC * torch.linspace(-1, 1, 24)).sum().backward()
+        grads.append([hidden_TC.detach(), *(p.grad for p in encoder.parameters())])
+        assert all(g is not None and g.abs().sum() > 0 for g in grads[-1])
+    for left, right in zip(*grads, strict=True):
+        # fp32 rounding of rotary angles at other absolute positions; gradients are of size 1 to 10
+        torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("kind", ["bert", "xlm-roberta", "mpnet"])
+def test_adapter_equals_the_packed_encoder(kind, side, tmp_path):
+    """Two computations of one model; learned positions must not count padding on the left."""
+    folder = save_model(tmp_path / "m", kind)
+    packed, _ = load_encoder(folder)
+    adapter, _ = load_encoder(folder, adapter="automodel")
+    adapter.padding_side = side
+    assert isinstance(packed, Encoder)
+    assert isinstance(adapter, AutoEncoder)
+    assert adapter.max_positions == packed.config.max_positions
+    assert adapter.width == packed.width
+    tokens = [np.arange(4, 4 + n) % 30 + 4 for n in (5, 1, 60, 3)]
+    with torch.no_grad():
+        got, want = adapter.eval()(pack(tokens)), packed.eval()(pack(tokens))
+    torch.testing.assert_close(got, want, rtol=0, atol=2e-5)  # fp32 summation order
+    with pytest.raises(ValueError, match="67 tokens exceeds the model"):
+        adapter(pack([np.full(67, 5)]))
+
+
+def test_export_of_a_decoder_loads_in_sentence_transformers_and_reads_back(tmp_path):
+    """Saved by transformers itself; padding side and pooling must travel."""
+    from sentence_transformers import SentenceTransformer
+
+    towers = build_model(
+        ModelConfig(base=str(save_decoder(tmp_path / "m")), query_prompt="query : ")
+    )
+    with torch.no_grad():
+        for parameter in towers.parameters():
+            parameter.mul_(1.1)
+    export(towers.eval(), tmp_path / "out", {})
+    back = load_towers(tmp_path / "out")
+    ours, theirs = towers.state_dict(), back.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[k], theirs[k]) for k in ours)
+    assert back.passage.encoder.padding_side == "left"
+    model = SentenceTransformer(str(tmp_path / "out"), device="cpu")
+    tokens = tokenise(towers.tokenizer_query, TEXTS, "query : ", towers.spec.max_query_length)
+    with torch.no_grad():
+        want = towers.encode_query(pack(tokens)).numpy()
+    np.testing.assert_allclose(model.encode_query(TEXTS), want, rtol=0, atol=1e-5)
+
+
+def test_encoder_of_an_encoder_decoder_is_taken_alone(tmp_path):
+    """T5's AutoModel wants decoder inputs and would carry weights that never get a gradient."""
+    vocab_size = save_tokenizer(tmp_path / "m")
+    config = transformers.T5Config(
+        vocab_size=vocab_size,
+        d_model=24,
+        d_kv=6,
+        d_ff=40,
+        num_layers=2,
+        num_heads=4,
+        pad_token_id=0,
+    )
+    transformers.T5ForConditionalGeneration(config).save_pretrained(tmp_path / "m")
+    encoder, _ = load_encoder(tmp_path / "m")
+    encoder.train()(pack([np.arange(4, 9), np.arange(5, 7)])).sum().backward()
+    assert type(encoder.model).__name__ == "T5EncoderModel"
+    assert all(p.grad is not None for p in encoder.parameters())
+
+
+def test_settings_reach_the_adapter(tmp_path):
+    """Dropout has another name in every architecture; a setting that does nothing is an error."""
+    folder = save_model(tmp_path / "m", "bert")
+    c = ModelConfig(base=str(folder), adapter="automodel", dropout=0.25, freeze=["layers:1"])
+    encoder = build_model(c).passage.encoder
+    assert encoder.model.config.hidden_dropout_prob == 0.25
+    assert encoder.model.config.attention_probs_dropout_prob == 0.0
+    frozen = [n for n, p in encoder.model.named_parameters() if not p.requires_grad]
+    assert frozen
+    assert all(n.startswith("encoder.layer.0.") for n in frozen)
+    decoder = save_decoder(tmp_path / "decoder")
+    with pytest.raises(ValueError, match=r"model\.dropout \(0\.1\): llama has no hidden dropout"):
+        build_model(ModelConfig(base=str(decoder), dropout=0.1))
+
+
+def test_activation_checkpointing_keeps_gradients(tmp_path):
+    """The setting is one attribute for both kinds of encoder."""
+    folder = save_model(tmp_path / "m", "bert")
+    grads = []
+    for on in (False, True):
+        encoder, _ = load_encoder(folder, adapter="automodel", dropout=0.0)
+        encoder.train().activation_checkpointing = on
+        assert encoder.activation_checkpointing is on
+        (encoder(pack([np.arange(4, 9)])) * torch.linspace(-1, 1, 24)).sum().backward()
+        grads.append([p.grad for p in encoder.parameters() if p.grad is not None])
+    for plain, checkpointed in zip(*grads, strict=True):
+        assert torch.equal(plain, checkpointed)  # the same operations again
+
+
+def test_missing_weights_and_unknown_architectures_are_user_errors(tmp_path):
+    """transformers fills missing weights with random numbers and goes on."""
+    from safetensors.torch import load_file, save_file
+
+    folder = save_decoder(tmp_path / "m")
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"1 missing weights: .*layers\.1\.mlp\.up_proj\.weight"):
+        load_encoder(folder)
+    (folder / "config.json").write_text('{"model_type": "of tomorrow"}')
+    with pytest.raises(ValueError, match="transformers cannot load it"):
+        load_encoder(folder)
