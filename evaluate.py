@@ -53,7 +53,10 @@ def run(c: "EvaluateConfig", out: Path | None = None) -> dict[str, Any]:
     inputs = inputs_of(c)
     if out is not None:
         check_out(out, inputs)
-    data = read_retrieval_set(SourceConfig(root=c.data, columns=c.columns), c.split)
+    try:
+        data = read_retrieval_set(SourceConfig(root=c.data, columns=c.columns), c.split)
+    except ValueError as e:  # the reader names train.py's setting
+        raise ValueError(str(e).replace("data.root", "data")) from e
     names = names_up_to(c.top_k)
     other = read_eval(Path(c.against), data) if c.against and is_eval(Path(c.against)) else None
     system = evaluate_model(c.model, data, c, names)
@@ -73,7 +76,7 @@ def run(c: "EvaluateConfig", out: Path | None = None) -> dict[str, Any]:
         "num_documents": len(data.doc_ids),
         "num_queries": len(first.query_ids),
         "num_unjudged": first.num_unjudged,
-        "test_set": test_set_digest(data),
+        "test_set": digest_of(data),
         "bytes_per_document": {label: hits.bytes_per_doc for label, hits in system.hits.items()},
         "metrics": {label: metrics.means for label, metrics in systems.items()},
         "ci95": intervals,
@@ -197,7 +200,7 @@ def read_eval(path: Path, data: "RetrievalSet") -> System:
 
     path = path / "eval.json" if path.is_dir() else path
     content = read_json(path)
-    if content.get("test_set") != test_set_digest(data):
+    if content.get("test_set") != digest_of(data):
         raise ValueError(
             f"{path} is of another test set ({content.get('data')}, split {content.get('split')}):"
             " its documents, queries or judgements differ from these; evaluate both models on the"
@@ -249,7 +252,7 @@ def check_out(out: Path, inputs: Mapping[str, Any]) -> None:
             )
 
 
-def test_set_digest(data: "RetrievalSet") -> str:
+def digest_of(data: "RetrievalSet") -> str:
     """sha256 of ids, texts and judgements: evaluations that share it compare query by query."""
     digest = hashlib.sha256()
     for ids, texts in ((data.doc_ids, data.doc_texts), (data.query_ids, data.query_texts)):

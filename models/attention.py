@@ -4,12 +4,17 @@ Shapes: T tokens of all sequences, S sequences, n sequences of one length L, H h
 C = H * K.
 """
 
+import inspect
 import logging
 import math
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from models.transformer import Packed
 
 log = logging.getLogger(__name__)
 
@@ -31,9 +36,7 @@ def length_groups(lengths: list[int]) -> list[Group]:
     return groups
 
 
-def choose_attention(
-    device_type: str, dtype: torch.dtype, *, bias: bool, dropout: float, compiled: bool
-) -> str:
+def choose_attention(device_type: str, dtype: torch.dtype, *, bias: bool, dropout: float) -> str:
     """Name of the way to compute attention: varlen | grouped | padded.
 
     varlen   torch.nn.attention.varlen: CUDA, bf16/fp16, no bias, no dropout
@@ -43,36 +46,61 @@ def choose_attention(
     if dropout > 0:
         return "padded"
     if device_type == "cuda" and dtype in (torch.bfloat16, torch.float16) and not bias:
-        try:
-            from torch.nn.attention.varlen import varlen_attn  # noqa: F401
-        except ImportError:
-            return "padded"
-        return "varlen"
-    if device_type == "cpu" and not compiled:
-        return "grouped"
-    return "padded"
+        return "varlen" if _has_varlen() else "padded"
+    return "grouped" if device_type == "cpu" else "padded"
 
 
-_REASONS = {
-    "varlen": "torch.nn.attention.varlen (CUDA, 16-bit, no bias)",
-    "grouped": "grouped by equal length",
+def _has_varlen() -> bool:
+    try:
+        import torch.nn.attention.varlen  # noqa: F401
+    except ImportError:  # torch < 2.10
+        return False
+    return True
+
+
+def _varlen_has_window() -> bool:
+    """Whether varlen_attn can restrict attention to a window (younger than the function)."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return "window_size" in inspect.signature(varlen_attn).parameters
+
+
+_NAMES = {
+    "varlen": "torch.nn.attention.varlen",
+    "grouped": "groups of equal length",
     "padded": "scaled_dot_product_attention on padded rectangles",
 }
 _logged: set[str] = set()
 
 
-def log_choice(
-    way: str, device_type: str, dtype: torch.dtype, *, bias: bool, dropout: float
-) -> None:
-    if way in _logged:
-        return
-    _logged.add(way)
-    why = ", ".join(
-        w for w in ("relative bias" if bias else "", "attention dropout" if dropout else "") if w
-    )
-    log.info(
-        "attention: %s on %s in %s%s", _REASONS[way], device_type, dtype, f" ({why})" if why else ""
-    )
+@torch.compiler.disable  # lengths differ every step: traced, each would be a new program
+def attend(
+    qkv_T3HK: Tensor,
+    packed: "Packed",
+    bias_HLL: Tensor | None,
+    *,
+    half_window: int = 0,
+    dropout: float = 0.0,
+) -> Tensor:
+    """softmax(q k^T / sqrt(K) + bias) v of every sequence by itself, (T, H, K).
+
+    bias_HLL     added to the scores (MPNet); L >= the longest sequence
+    half_window  a token sees this many to each side; 0: all
+    dropout      of the probabilities
+    """
+    kind, dtype = qkv_T3HK.device.type, qkv_T3HK.dtype
+    way = choose_attention(kind, dtype, bias=bias_HLL is not None, dropout=dropout)
+    if way == "varlen" and half_window and not _varlen_has_window():
+        way = "padded"
+    if way not in _logged:
+        _logged.add(way)
+        why = [w for w, on in (("bias", bias_HLL is not None), ("dropout", dropout > 0)) if on]
+        log.info("attention: %s (%s)", _NAMES[way], ", ".join([kind, str(dtype), *why]))
+    if way == "varlen":
+        return _varlen_attention(qkv_T3HK, packed.cu_lengths_S1, max(packed.lengths), half_window)
+    if way == "grouped":
+        return GroupedAttention.apply(qkv_T3HK, bias_HLL, packed.groups, half_window)
+    return _padded_attention(qkv_T3HK, bias_HLL, *packed.rectangle, half_window, dropout)
 
 
 def _window_mask(length: int, half_window: int, device: torch.device) -> Tensor | None:
@@ -180,7 +208,7 @@ def _probabilities(q: Tensor, k: Tensor, bias_HLL: Tensor | None, half_window: i
     return torch.softmax(scores, -1)
 
 
-def padded_attention(
+def _padded_attention(
     qkv_T3HK: Tensor,
     bias_HLL: Tensor | None,
     index_SL: Tensor,
@@ -206,7 +234,7 @@ def padded_attention(
     return o.transpose(1, 2)[mask_SL]
 
 
-def varlen_attention(
+def _varlen_attention(
     qkv_T3HK: Tensor, cu_lengths_S1: Tensor, max_length: int, half_window: int
 ) -> Tensor:
     """The same through torch.nn.attention.varlen (CUDA, 16-bit)."""
@@ -219,13 +247,3 @@ def varlen_attention(
         else {"window_size": (half_window, half_window)}
     )
     return varlen_attn(q, k, v, cu_lengths_S1, cu_lengths_S1, max_length, max_length, **window)
-
-
-def varlen_has_window() -> bool:
-    """Whether this torch's varlen_attn can restrict attention to a window (younger than torch
-    2.11)."""
-    import inspect
-
-    from torch.nn.attention.varlen import varlen_attn
-
-    return "window_size" in inspect.signature(varlen_attn).parameters

@@ -191,7 +191,7 @@ def _write_transformer(
     else:
         encoder.model.save_pretrained(folder)
     _write_tokenizer(tokenizer, source, folder, longest)
-    config = {"max_seq_length": longest, "do_lower_case": source.lowercase}
+    config = {"max_seq_length": longest, "do_lower_case": False}  # tokenizer.json does it
     if len(set(lengths.values())) > 1:  # older sentence-transformers refuse keys they do not know
         config |= {f"{route}_length": length for route, length in lengths.items()}
     _write_json(folder / "sentence_bert_config.json", config)

@@ -514,7 +514,6 @@ class Source:
     pooler: dict[str, Tensor] = field(
         default_factory=dict
     )  # stored, not trained; transformers' own class has it
-    lowercase: bool = False  # do_lower_case of sentence_bert_config.json
 
 
 def load_encoder(
@@ -524,7 +523,6 @@ def load_encoder(
     dropout: float | None = None,
     attention_dropout: float = 0.0,
     name: str = "",
-    lowercase: bool = False,
 ) -> tuple[nn.Module, Source]:
     """Encoder of a Hugging Face folder in float32, and what else the folder says.
 
@@ -534,7 +532,7 @@ def load_encoder(
     """
     config = read_json(folder / "config.json")
     optional = {f: read_json(folder / f) if (folder / f).is_file() else {} for f in _TOKENIZER_JSON}
-    source = Source(name or folder.name, config, *optional.values(), lowercase=lowercase)
+    source = Source(name or folder.name, config, *optional.values())
     reason = why_not_packed(config) if adapter != "automodel" else "model.adapter=automodel"
     if reason is not None:
         if adapter == "packed":
@@ -799,7 +797,7 @@ def _max_length(wanted: int | None, tower: Tower) -> int:
 
 def _load_tower(plan: Plan, name: str, options: dict[str, Any]) -> tuple[Tower, Tokenizer]:
     tokenizer = load_tokenizer(plan.transformer, lowercase=plan.lowercase)
-    encoder, source = load_encoder(plan.transformer, name=name, lowercase=plan.lowercase, **options)
+    encoder, source = load_encoder(plan.transformer, name=name, **options)
     vocab = source.config.get("vocab_size")
     if vocab is not None and tokenizer.get_vocab_size() > vocab:
         raise ValueError(

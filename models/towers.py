@@ -25,11 +25,13 @@ def pool(hidden_TC: Tensor, packed: Packed, how: str) -> Tensor:
     """One vector a sequence, (S, C), in float32 (float64 for float64 input).
 
     how  mean | cls (first token) | last (last token) | max; tokens counted in packed.skip_S are
-         left out of mean and max
+         left out of all but last
     """
     wide_TC = hidden_TC.to(torch.promote_types(hidden_TC.dtype, torch.float32))
     start_S, end_S = packed.cu_lengths_S1[:-1].long(), packed.cu_lengths_S1[1:].long()
     if how == "cls":
+        if packed.skip_S is not None:  # as sentence-transformers: the first token that is left
+            start_S = start_S + torch.where(packed.skip_S < end_S - start_S, packed.skip_S, 0)
         return wide_TC[start_S]
     if how == "last":
         return wide_TC[end_S - 1]

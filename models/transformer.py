@@ -16,16 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from models.attention import (
-    Group,
-    GroupedAttention,
-    choose_attention,
-    length_groups,
-    log_choice,
-    padded_attention,
-    varlen_attention,
-    varlen_has_window,
-)
+from models.attention import Group, attend, length_groups
 
 
 @dataclass
@@ -142,6 +133,30 @@ def _activation(x: Tensor, name: str) -> Tensor:
     )
 
 
+class GeluDown(torch.autograd.Function):
+    """gelu(up) W^T + b, keeping `up` alone for the backward: gelu(up) is computed again there.
+
+    A quarter of what a layer would keep, for one element-wise pass.
+    """
+
+    @staticmethod
+    def forward(ctx, up_TI: Tensor, weight_CI: Tensor, bias_C: Tensor | None) -> Tensor:
+        weight_CI, bias_C = (x if x is None else x.to(up_TI.dtype) for x in (weight_CI, bias_C))
+        ctx.save_for_backward(up_TI, weight_CI)
+        return F.linear(F.gelu(up_TI), weight_CI, bias_C)
+
+    @staticmethod
+    def backward(ctx, grad_TC: Tensor):
+        up_TI, weight_CI = ctx.saved_tensors
+        wants_up, wants_weight, wants_bias = ctx.needs_input_grad
+        grad_up_TI = grad_weight_CI = None
+        if wants_weight:
+            grad_weight_CI = grad_TC.T @ F.gelu(up_TI)
+        if wants_up:
+            grad_up_TI = torch.ops.aten.gelu_backward(grad_TC @ weight_CI, up_TI)
+        return grad_up_TI, grad_weight_CI, grad_TC.sum(0) if wants_bias else None
+
+
 class Dropout(nn.Module):
     """Dropout whose mask costs a quarter of the random draws: 16 bits an element, 64 a draw.
 
@@ -229,25 +244,7 @@ class Attention(nn.Module):
         if self.rope_theta:
             qkv_T3HK = _rotate(qkv_T3HK, packed.position_T, self.rope_theta)
         dropout = self.dropout if self.training else 0.0
-        has_bias = bias_HLL is not None
-        compiled = torch.compiler.is_compiling()
-        way = choose_attention(
-            x_TC.device.type, qkv_T3HK.dtype, bias=has_bias, dropout=dropout, compiled=compiled
-        )
-        if way == "varlen" and self.half_window and not varlen_has_window():
-            way = "padded"
-        if not compiled:
-            log_choice(way, x_TC.device.type, qkv_T3HK.dtype, bias=has_bias, dropout=dropout)
-        if way == "varlen":
-            ctx_THK = varlen_attention(
-                qkv_T3HK, packed.cu_lengths_S1, max(packed.lengths), self.half_window
-            )
-        elif way == "grouped":
-            ctx_THK = GroupedAttention.apply(qkv_T3HK, bias_HLL, packed.groups, self.half_window)
-        else:
-            ctx_THK = padded_attention(
-                qkv_T3HK, bias_HLL, *packed.rectangle, self.half_window, dropout
-            )
+        ctx_THK = attend(qkv_T3HK, packed, bias_HLL, half_window=self.half_window, dropout=dropout)
         return self.out(ctx_THK.reshape(x_TC.shape[0], -1))
 
 
@@ -276,6 +273,8 @@ class Mlp(nn.Module):
 
     def forward(self, x_TC: Tensor) -> Tensor:
         up_TI = self.up(x_TC)
+        if not self.is_gated and self.activation == "gelu" and torch.is_grad_enabled():
+            return GeluDown.apply(up_TI, self.down.weight, self.down.bias)
         if not self.is_gated:
             return self.down(_activation(up_TI, self.activation))
         value_TI, gate_TI = up_TI.chunk(2, dim=-1)

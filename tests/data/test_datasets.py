@@ -220,6 +220,20 @@ def test_negatives_that_answer_are_left_out_and_counted(tmp_path, caplog):
     assert {columns[i] for i in batch.relatives_BK[0]} == {"a", "b", "e"}
 
 
+def test_a_positive_given_twice_counts_once(tmp_path):
+    """Each of n positives weighs 1 / n: a repeated one would take another's share."""
+    rows = [{"query": "q0", "pos": ["a", "b", " a"], "neg": ["c"]}]
+    others = [{"query": f"x{i}", "pos": [f"y{i}"], "neg": []} for i in range(3)]
+    for split, some in (("train", rows), ("dev", others[:1]), ("test", others[1:])):
+        write_rows(tmp_path / "data" / f"{split}.jsonl", some)
+    data = open_some(tmp_path, root=str(tmp_path / "data"))
+    assert triples(data) == {("q0", ("a", "b"), ("c",)): 1}
+    assert Batches(data.train, batch_size=1, seed=0).batch_at(0).pair_weight_P.tolist() == [
+        0.5,
+        0.5,
+    ]
+
+
 def test_bad_rows_are_counted_and_listed_also_from_the_cache(tmp_path, caplog):
     path = write_rows(tmp_path / "pairs.jsonl", pairs(50))
     path.write_text(path.read_text() + '{"query": "x"}\nnot json\n')

@@ -29,7 +29,10 @@ def test_english_drops_stop_words_and_plurals():
 @pytest.mark.parametrize(
     ("text", "terms"),
     [
-        ("\u0130stanbul \u0130STANBUL i\u0307stanbul", ["istan"] * 3),  # dotted capital, combining dot
+        (
+            "\u0130stanbul \u0130STANBUL i\u0307stanbul",
+            ["istan"] * 3,
+        ),  # dotted capital, combining dot
         ("ISPARTA \u0131sparta", ["\u0131spar"] * 2),  # capital I is dotless in Turkish
         ("kitaplar\u0131m\u0131z kitapl\u0131k", ["kitap"] * 2),  # the first five letters
         ("T\u00fcrkiye'nin", ["t\u00fcrki", "nin"]),
@@ -69,7 +72,9 @@ def test_persian_letters_and_non_joiner():
 
 
 def test_digits_of_any_script_are_the_same():
-    assert analyse("\u06f1\u06f2\u06f3 \u0661\u0662\u0663 \uff11\uff12\uff13 123", "fa") == ["123"] * 4
+    assert (
+        analyse("\u06f1\u06f2\u06f3 \u0661\u0662\u0663 \uff11\uff12\uff13 123", "fa") == ["123"] * 4
+    )
 
 
 def test_vowel_signs_stay_inside_words_and_unspaced_scripts_become_pairs():
@@ -99,7 +104,12 @@ def test_language_is_guessed_from_letters():
     english = "What is the capital of France and how many people live in it?"
     assert guess_language([english]) == "en"
     assert guess_language(["for x in range(3):\n    if x is not None and x in y: return x"]) == "en"
-    assert guess_language(["\u0130stanbul'da ya\u015fayan ki\u015filerin say\u0131s\u0131 ka\u00e7t\u0131r"]) == "tr"
+    assert (
+        guess_language(
+            ["\u0130stanbul'da ya\u015fayan ki\u015filerin say\u0131s\u0131 ka\u00e7t\u0131r"]
+        )
+        == "tr"
+    )
     arabic = f"{ALEF}{LAM}{KAF}{TEH}{ALEF}{BEH} {YEH}{WAW}{MEEM} {FEH}{YEH}"
     assert guess_language([arabic]) == "ar"
     assert guess_language([arabic.replace(KAF, "\u06a9") + " \u06af\u0641\u062a"]) == "fa"
@@ -110,7 +120,8 @@ def test_language_is_guessed_from_letters():
 
 def small_set() -> RetrievalSet:
     docs = {
-        "d1": "red fish blue fish", "d2": "blue whale", "d10": "whale blue", "d3": "one red red fox",
+        "d1": "red fish blue fish", "d2": "blue whale", "d10": "whale blue",
+        "d3": "one red red fox",
         "d4": "nothing here", "q1": "red whale", "d5": "",
     }  # fmt: skip
     queries = {"q1": "red whale", "q2": "blue blue fish", "q3": "unheard words", "q4": ""}
@@ -120,7 +131,10 @@ def small_set() -> RetrievalSet:
 
 
 def test_scores_are_lucenes_formula_in_the_total_order():
-    """idf ln(1 + (N - n + .5) / (n + .5)), tf / (tf + k1 (1 - b + b length / mean)), a repeated query word twice."""
+    """idf ln(1 + (N - n + .5) / (n + .5)), weight tf / (tf + k1 (1 - b + b length / mean)).
+
+    A word that stands twice in the query counts twice.
+    """
     data = small_set()
     docs = [text.split() for text in data.doc_texts]
     mean = sum(map(len, docs)) / len(docs)
@@ -139,7 +153,9 @@ def test_scores_are_lucenes_formula_in_the_total_order():
         expected = [doc_id.decode() for _, doc_id in sorted(scored, reverse=True)]
         found = hits.of(row)
         assert [doc_id for doc_id, _ in found] == expected
-        assert [s for _, s in found] == pytest.approx([s for s, _ in sorted(scored, reverse=True)], abs=2e-5)
+        assert [s for _, s in found] == pytest.approx(
+            [s for s, _ in sorted(scored, reverse=True)], abs=2e-5
+        )
     assert [d for d, _ in hits.of(1)][:3] == ["d1", "d2", "d10"]  # d2 and d10 tie: d2 by bytes
     assert hits.of(2) == hits.of(3) == []
 

@@ -51,7 +51,10 @@ def test_metrics_equal_pytrec_eval_on_the_written_file(tmp_path):
     for at, query_id in enumerate(ours.query_ids):
         for name in names:
             measure = TREC[name.partition("@")[0]].format(name.partition("@")[2])
-            assert abs(ours.per_query[name][at] - theirs[query_id][measure]) <= 1e-9, (name, query_id)
+            assert abs(ours.per_query[name][at] - theirs[query_id][measure]) <= 1e-9, (
+                name,
+                query_id,
+            )
         rr = theirs[query_id]["recip_rank"]
         assert ours.per_query["mrr@10"][at] == (rr if rr > 1 / 10.5 else 0)
     for name in names:
@@ -72,7 +75,9 @@ def test_metrics_equal_sentence_transformers_on_the_same_embeddings():
     p_ND /= np.linalg.norm(p_ND, axis=1, keepdims=True)
     q_QD /= np.linalg.norm(q_QD, axis=1, keepdims=True)
     doc_ids, query_ids = [f"d{i}" for i in range(400)], [f"q{i}" for i in range(80)]
-    qrels = {q: {doc_ids[d]: 1 for d in rng.integers(0, 400, 1 + i % 9)} for i, q in enumerate(query_ids)}
+    qrels = {
+        q: {doc_ids[d]: 1 for d in rng.integers(0, 400, 1 + i % 9)} for i, q in enumerate(query_ids)
+    }
 
     class Given(evaluation.InformationRetrievalEvaluator):
         """The embeddings above for any text."""
@@ -117,16 +122,18 @@ def test_values_by_hand():
 
 @pytest.mark.parametrize(("rank", "value"), [(1, 1.0), (10, 0.1), (11, 0.0)])
 def test_mrr_is_cut_at_ten_and_follows_our_order_of_ties(rank, value):
-    """ir-measures hands RR@10 to a provider that breaks ties the other way: all scores are tied here."""
+    """ir-measures hands RR@10 to a provider that breaks ties the other way; here all are tied."""
     for ids in ([f"d{i:02d}" for i in range(20)], [f"d{i:02d}" for i in range(19, -1, -1)]):
         found = evaluate_hits(hits_of({"q": ids}), {"q": {ids[rank - 1]: 1}}, ["mrr@10"])
         assert found.means["mrr@10"] == value
 
 
 def test_queries_without_hits_count_as_zero_and_unjudged_do_not_count():
-    """pytrec_eval leaves out a query that is not in the run; its mean would flatter (trec_eval -c)."""
+    """pytrec_eval leaves out a query that is not in the run; its mean would flatter."""
     hits = hits_of({"found": ["d1", "d2"], "nothing": [], "unjudged": ["d1"], "empty": ["d1"]})
-    m = evaluate_hits(hits, {"found": {"d1": 1}, "nothing": {"d2": 1}, "empty": {}, "other": {"d1": 1}})
+    m = evaluate_hits(
+        hits, {"found": {"d1": 1}, "nothing": {"d2": 1}, "empty": {}, "other": {"d1": 1}}
+    )
     assert m.query_ids == ["found", "nothing"] and m.num_unjudged == 2
     assert m.means["accuracy@1"] == 0.5
     nobody = evaluate_hits(hits, {})
@@ -163,7 +170,7 @@ def test_run_file_gives_every_float32_back():
 @pytest.mark.parametrize("bad", ["a b", "a\tb", "", "a\u00a0b"])
 def test_run_file_refuses_ids_that_it_cannot_hold(bad):
     hits = Hits(["q"], [bad], np.ones((1, 1), np.float32), np.zeros((1, 1), np.int64))
-    with pytest.raises(ValueError, match="document id .* white space"):
+    with pytest.raises(ValueError, match=r"document id .* white space"):
         list(run_lines(hits, "t"))
 
 

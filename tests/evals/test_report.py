@@ -46,7 +46,9 @@ def test_gains_show_sign_and_interval():
 
 
 def test_metrics_table_leaves_out_metrics_that_nobody_has():
-    table = report.metrics_table({"bm25": METRICS["bm25"]}, intervals={"bm25": [0.5, 0.7]}).splitlines()
+    table = report.metrics_table(
+        {"bm25": METRICS["bm25"]}, intervals={"bm25": [0.5, 0.7]}
+    ).splitlines()
     assert table[0].split() == "Accuracy@1 nDCG@10 [95% interval]".split()
     assert table[2].split() == "BM25 .410 .598 [.500, .700]".split()
 
@@ -97,17 +99,24 @@ def rows_of_a_run() -> list[dict]:
 
 
 def figures(folder) -> list:
-    values = {"bm25": {"": [0.5] * 9}, "base": {"384": [0.1, 0.4], "64": [0.2, 0.1]}, "tuned": {"64": [1]}}
+    values = {
+        "bm25": {"": [0.5] * 9},
+        "base": {"384": [0.1, 0.4], "64": [0.2, 0.1]},
+        "tuned": {"64": [1]},
+    }
     samples = {"base": {"positive": np.array([0.5, 0.7]), "negative": np.array([0.1])}}
     return [
         report.plot_training(rows_of_a_run(), folder / "a" / "training.png"),
         report.plot_training([{"step": 1, "loss": None}], folder / "nothing.png"),
         report.plot_dims(values, folder / "dims.png"),
         report.plot_scores(samples, folder / "scores.png"),
-        report.plot_scores({"tuned": {"positive": np.zeros(0), "negative": np.zeros(0)}}, folder / "no.png"),
+        report.plot_scores(
+            {"tuned": {"positive": np.zeros(0), "negative": np.zeros(0)}}, folder / "no.png"
+        ),
     ]
 
 
+@pytest.mark.slow
 def test_figures_are_png_and_the_same_numbers_give_the_same_bytes(tmp_path):
     """A report that is made again must not look changed to git; pyplot's state must not leak in."""
     one, other = figures(tmp_path / "1"), figures(tmp_path / "2")

@@ -4,13 +4,27 @@ import numpy as np
 import pytest
 import torch
 
+from evals import search as module
 from evals.search import PRECISIONS, descending_ids, search, top_k_in_order
 
-IDS = ["d9", "d10", "D1", "\u00e9t\u00e9", "\u06af", "a_b", "a-b", "zz", "\U0001f600", "d1", "d", "~"]
+IDS = [
+    "d9",
+    "d10",
+    "D1",
+    "\u00e9t\u00e9",
+    "\u06af",
+    "a_b",
+    "a-b",
+    "zz",
+    "\U0001f600",
+    "d1",
+    "d",
+    "~",
+]
 
 
 def lattice(rng: np.random.Generator, count: int, width: int) -> np.ndarray:
-    """Vectors of small whole numbers / 8: float32 products and sums of these are exact, ties abound."""
+    """Small whole numbers / 8: float32 products and sums of these are exact, ties abound."""
     return rng.integers(-2, 3, (count, width)).astype(np.float32) / 8
 
 
@@ -129,7 +143,7 @@ def test_hits_do_not_depend_on_the_company_of_a_query(precision):
 
 
 def test_copies_of_a_document_tie_wherever_they_stand():
-    """Copies lie in whole and in ragged blocks; equal vectors must have equal scores for the id rule."""
+    """Copies lie in whole and ragged blocks; for the id rule their scores must be equal bits."""
     rng = np.random.default_rng(4)
     p_ND = unit(rng.standard_normal((2111, 384)))
     copies = [0, 255, 256, 511, 1000, 2047, 2048, 2110]
@@ -141,7 +155,7 @@ def test_copies_of_a_document_tie_wherever_they_stand():
 
 
 def test_a_query_never_finds_itself_and_still_gets_k_hits():
-    """BEIR drops the hit after searching for one more: a set of documents as queries loses no rank."""
+    """BEIR drops the hit after searching for one more: documents as queries lose no rank."""
     rng = np.random.default_rng(5)
     p_ND = lattice(rng, 40, 4)
     ids = many_ids(rng, 40)
@@ -151,8 +165,18 @@ def test_a_query_never_finds_itself_and_still_gets_k_hits():
     assert (few.docs_QK[:, 39:] == -1).all() and np.isneginf(few.scores_QK[:, 39:]).all()
 
 
-def test_training_switches_do_not_change_scores():
-    """TF32 or bf16 products, left on by training, would reorder hits and break reproducibility."""
+def test_training_switches_do_not_change_scores(monkeypatch):
+    """TF32 or bf16 products, left on by training, would reorder hits and break reproducibility.
+
+    The precision is also looked at, since a processor without bf16 products ignores it.
+    """
+    seen = []
+
+    def spy(scores_QN, k):
+        seen.append((torch.get_float32_matmul_precision(), scores_QN.dtype))
+        return top_k_in_order(scores_QN, k)
+
+    monkeypatch.setattr(module, "top_k_in_order", spy)
     rng = np.random.default_rng(6)
     q_QD, p_ND = (unit(rng.standard_normal((n, 128))) for n in (20, 500))
     ids, query_ids = [f"d{i}" for i in range(500)], [f"q{i}" for i in range(20)]
@@ -164,6 +188,7 @@ def test_training_switches_do_not_change_scores():
         assert torch.get_float32_matmul_precision() == "medium"  # put back
     finally:
         torch.set_float32_matmul_precision("highest")
+    assert set(seen) == {("highest", torch.float32)}
     assert inside.scores_QK.tobytes() == plain.scores_QK.tobytes()
 
 

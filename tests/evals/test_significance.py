@@ -22,13 +22,13 @@ def test_interval_equals_scipy_bootstrap_of_the_mean():
     a, b = two_systems(137, 0.05)
     theirs = stats.bootstrap(
         (b - a,), np.mean, method="percentile", n_resamples=10_000,
-        batch=4_000_000 // 137, rng=np.random.default_rng([0, 0]),
+        rng=np.random.default_rng([0, 0]),
     ).confidence_interval  # fmt: skip
     assert paired(a, b)["ci95"] == pytest.approx([theirs.low, theirs.high], abs=1e-12)
 
 
 def test_interval_is_the_normal_one_for_many_queries():
-    """Central limit: mean +- 1.96 s / sqrt(n); the ends of 10,000 resamples scatter by about 2% of s / sqrt(n)."""
+    """Central limit: mean +- 1.96 s / sqrt(n); the ends scatter by about 2% of s / sqrt(n)."""
     a, b = two_systems(2000, 0.02)
     d = b - a
     found = paired(a, b)
@@ -44,7 +44,22 @@ def test_p_equals_the_share_of_all_sign_patterns(seed):
     d = b - a
     means = np.array([np.mean(d * signs) for signs in itertools.product((-1, 1), repeat=11)])
     exact = np.mean(np.abs(means) >= abs(d.mean()) - 1e-12)
-    assert abs(paired(a, b)["p"] - exact) < 8 * math.sqrt(exact / 2 * (1 - exact / 2) / 10_000) + 2e-4
+    assert (
+        abs(paired(a, b)["p"] - exact) < 8 * math.sqrt(exact / 2 * (1 - exact / 2) / 10_000) + 2e-4
+    )
+
+
+@pytest.mark.parametrize("num_changed", [1, 3, 5])
+def test_few_changed_queries_give_the_p_of_those_alone(num_changed):
+    """Where k of 400 queries changed, all for the better, p is 2 / 2^k.
+
+    The observed mean ties with every pattern that keeps those k signs; rounding must not break it.
+    """
+    a = np.random.default_rng(1).random(400)
+    b = a.copy()
+    b[7 : 7 + 50 * num_changed : 50] += [0.13, 0.07, 0.21, 0.4, 0.3310][:num_changed]
+    exact = 2 / 2**num_changed
+    assert paired(a, b)["p"] == pytest.approx(exact, abs=8 * math.sqrt(exact / 2 / 10_000))
 
 
 def test_p_agrees_with_the_t_test_for_many_queries():
@@ -63,7 +78,9 @@ def test_many_metrics_at_once_equal_one_at_a_time():
     """scipy's test, given several statistics, compares each with the null values of all (1.17)."""
     a, b = two_systems(300, 0.02)
     others = {"small": (a, b), "large": (a, b + 5), "none": (a, a), "worse": (b, a)}
-    together = paired_all({n: x for n, (x, _) in others.items()}, {n: y for n, (_, y) in others.items()})
+    together = paired_all(
+        {n: x for n, (x, _) in others.items()}, {n: y for n, (_, y) in others.items()}
+    )
     for name, (x, y) in others.items():
         alone = paired(x, y)
         assert together[name]["p"] == alone["p"], name
@@ -80,17 +97,21 @@ def test_swapping_the_systems_turns_the_sign():
 
 
 def test_p_is_uniform_when_there_is_no_difference():
-    """A test that is too sure of itself would reject more than its level: 200 draws, 5% +- 4 s.e."""
+    """Too sure a test would reject more than its level: 200 draws, 5% +- 4 s.e."""
     rng = np.random.default_rng(7)
     a = rng.random((60, 200))
     b = rng.random((60, 200))
     found = paired_all(
-        {str(i): a[:, i] for i in range(200)}, {str(i): b[:, i] for i in range(200)}, num_resamples=2000
+        {str(i): a[:, i] for i in range(200)},
+        {str(i): b[:, i] for i in range(200)},
+        num_resamples=2000,
     )
     share = np.mean([one["p"] <= 0.05 for one in found.values()])
     covered = np.mean([one["ci95"][0] <= 0 <= one["ci95"][1] for one in found.values()])
     assert share < 0.05 + 4 * math.sqrt(0.05 * 0.95 / 200)
-    assert covered > 0.95 - 4 * math.sqrt(0.05 * 0.95 / 200) - 0.02  # percentile intervals run short
+    assert (
+        covered > 0.95 - 4 * math.sqrt(0.05 * 0.95 / 200) - 0.02
+    )  # percentile intervals run short
 
 
 def test_degenerate_cases():

@@ -59,7 +59,15 @@ def test_left_and_right_padding_give_the_same_states_and_gradients(tmp_path):
         encoder, _ = load_encoder(save_decoder(tmp_path / side, padding_side=side))
         assert encoder.padding_side == side
         tokens = [np.arange(4, 4 + n) % 30 for n in (5, 1, 9, 3)]
+        masks = []
+        hook = encoder.model.register_forward_pre_hook(
+            lambda module, args, kwargs, masks=masks: masks.append(kwargs["attention_mask"]),
+            with_kwargs=True,
+        )
         hidden_TC = encoder(pack(tokens))
+        hook.remove()
+        assert masks[0][:, -1 if side == "left" else 0].all()
+        assert not masks[0][:, 0 if side == "left" else -1].all()
         assert hidden_TC.shape == (18, 24)
         (hidden_TC * torch.linspace(-1, 1, 24)).sum().backward()
         grads.append([hidden_TC.detach(), *(p.grad for p in encoder.parameters())])

@@ -228,6 +228,16 @@ def test_lowercasing_of_the_base_survives(tmp_path):
     np.testing.assert_allclose(got, embed(towers, TEXTS, "passage"), rtol=0, atol=ATOL)
 
 
+def test_prompt_length_is_known_where_the_base_names_no_special_tokens(tmp_path):
+    """sentence-transformers finds the prompt's end by the names in tokenizer_config.json."""
+    base = save_model(tmp_path / "base", "bert")
+    (base / "tokenizer_config.json").write_text('{"model_max_length": 48}')
+    c = ModelConfig(base=str(base), query_prompt="query : ", prompt_in_pooling=False)
+    towers = build_model(c)
+    export(towers, tmp_path / "out", {})
+    assert_same_in_sentence_transformers(towers, tmp_path / "out")
+
+
 def test_a_failed_export_leaves_the_old_folder_and_nothing_else(tmp_path, monkeypatch):
     """A full disk in the middle must not cost the last good export."""
     towers = build_model(ModelConfig(base=str(save_model(tmp_path / "base", "bert"))))
