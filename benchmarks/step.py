@@ -14,6 +14,7 @@ import os
 import statistics
 import sys
 import tempfile
+from pathlib import Path
 
 PEERS = ("sentence-transformers",)
 BASE = "sentence-transformers/all-MiniLM-L6-v2"
@@ -41,7 +42,7 @@ def arguments() -> argparse.Namespace:
         "--dropout", type=float, default=0.1, help="of hidden states, on both sides"
     )
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--chunk-tokens", type=int, default=16384)
+    parser.add_argument("--chunk-tokens", type=int, default=4096)
     parser.add_argument("--json", metavar="FILE")
     parser.add_argument("--csv", action="store_true", help="append to benchmarks/data/step.csv")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
@@ -86,8 +87,9 @@ def work_rook(args: argparse.Namespace) -> dict:
     import torch
 
     from benchmarks.turns import PeakMemory, clock, device_name, synchronise
-    from conf.schema import LossConfig, ModelConfig, OptimConfig
-    from data.datasets import store_of_pairs
+    from conf.schema import DataConfig, LossConfig, ModelConfig, OptimConfig
+    from data.batches import Batches
+    from data.datasets import open_data
     from losses.build import build_loss
     from losses.grad_cache import train_step
     from models.build import build_model
@@ -109,16 +111,26 @@ def work_rook(args: argparse.Namespace) -> dict:
     autocast = autocast_for(args.precision[0], device)
     tokens, losses, times = 0, [], []
     with tempfile.TemporaryDirectory() as cache, PeakMemory(device) as memory:
-        store = store_of_pairs(pairs(args), towers, cache_dir=cache)
-        batches = store.plan(batch_size=args.batch, seed=0)
+        rows = Path(cache) / "pairs.jsonl"
+        lines = [json.dumps({"query": q, "positive": p}) for q, p in pairs(args)]
+        rows.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        source = DataConfig(root=str(rows), dev_fraction=0.0, test_fraction=0.0, cache_dir=cache)
+        data = open_data(source, towers.spec, towers.tokenizer_query, towers.tokenizer_passage)
+        batches = Batches(data.train, batch_size=args.batch, seed=0)
         for step in range(args.pairs // args.batch):
             began = clock()
             batch = batches.batch_at(step)
             set_lr(optimizer, optim.lr)
             loss, _ = train_step(
-                towers, loss_fn, batch, seed=0, step=step, chunk_tokens=args.chunk_tokens,
-                device=device, autocast=autocast,
-            )  # fmt: skip
+                towers,
+                loss_fn,
+                batch,
+                seed=0,
+                step=step,
+                chunk_tokens=args.chunk_tokens,
+                device=device,
+                autocast=autocast,
+            )
             torch.nn.utils.clip_grad_norm_(towers.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -179,14 +191,26 @@ def work_sentence_transformers(args: argparse.Namespace) -> dict:
 
     with tempfile.TemporaryDirectory() as out, PeakMemory(device) as memory:
         settings = SentenceTransformerTrainingArguments(
-            output_dir=out, per_device_train_batch_size=args.batch, num_train_epochs=1, learning_rate=2e-5,
-            bf16=args.precision[0] == "bf16", use_cpu=device.type == "cpu", report_to="none", save_strategy="no",
-            logging_strategy="no", disable_tqdm=True, dataloader_drop_last=True, seed=0,
-        )  # fmt: skip
+            output_dir=out,
+            per_device_train_batch_size=args.batch,
+            num_train_epochs=1,
+            learning_rate=2e-5,
+            bf16=args.precision[0] == "bf16",
+            use_cpu=device.type == "cpu",
+            report_to="none",
+            save_strategy="no",
+            logging_strategy="no",
+            disable_tqdm=True,
+            dataloader_drop_last=True,
+            seed=0,
+        )
         trainer = SentenceTransformerTrainer(
-            model=model, args=settings, train_dataset=data, callbacks=[Times()],
+            model=model,
+            args=settings,
+            train_dataset=data,
+            callbacks=[Times()],
             loss=MultipleNegativesRankingLoss(model, scale=20.0),
-        )  # fmt: skip
+        )
         trainer.train()
     steps = [b - a for a, b in itertools.pairwise(times)]
     return {

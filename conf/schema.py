@@ -177,6 +177,7 @@ class DataConfig(SourceConfig):
         "split"  # passages searched where the data has no corpus: split (held-out) | all
     )
     max_eval_queries: int | None = None  # dev queries used during training
+    max_train_length: int | None = None  # tokens a text in training; None: model.max_*_length
     on_bad_row: str = "error"  # error | skip (counted and listed in a file)
     cache_dir: str = "artifacts/cache"
 
@@ -187,6 +188,10 @@ class DataConfig(SourceConfig):
         _one_of("data.on_bad_row", self.on_bad_row, ("error", "skip"))
         _require(
             self.mix_temperature > 0, f"data.mix_temperature ({self.mix_temperature}) must be > 0"
+        )
+        _require(
+            self.max_train_length is None or self.max_train_length >= 3,
+            f"data.max_train_length ({self.max_train_length}) must be >= 3 tokens, or null",
         )
         for key in ("max_examples", "max_eval_queries"):
             value = getattr(self, key)
@@ -260,7 +265,7 @@ class RuntimeConfig:
     device: str = "auto"  # auto | cpu | cuda | mps
     # auto | fp32 | bf16 (autocast over fp32 weights); auto: bf16 where the hardware has it
     precision: str = "auto"
-    chunk_tokens: int = 16384  # tokens encoded at once
+    chunk_tokens: int = 4096  # tokens encoded at once; a CPU likes chunks that fit its cache
     activation_checkpointing: bool = False
     compile: bool = False
     threads: int = 0  # CPU threads; 0: as torch chooses

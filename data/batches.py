@@ -5,6 +5,7 @@ Shapes: E examples, P (query, positive) pairs, B distinct queries of a rank, N d
 a rank, K known relatives at most; numbers of passages are columns over all ranks.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -12,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from conf.schema import OptimConfig, TrainConfig
 from data.tokens import TokenStore
 
 # streams of random numbers drawn from one seed
@@ -164,18 +166,23 @@ class TrainStore:
         """Steps in which the sets give num_examples examples; with one set, every one once."""
         return _Plan.of(self, batch_size, seed=0).steps_per_epoch
 
-    def num_examples_until(self, c: Any, steps: int) -> int:
-        """Examples of all ranks in the first `steps` steps under the TrainConfig `c`."""
-        return self.batches(c).num_examples_until(steps)
+    def num_steps(self, c: OptimConfig) -> int:
+        """Steps of a run: optim.steps, else optim.epochs."""
+        return c.steps or math.ceil(c.epochs * self.steps_per_epoch(c.batch_size))
 
     def batches(
-        self, c: Any, total_steps: int | None = None, *, rank: int = 0, world: int = 1
+        self, c: TrainConfig, total_steps: int | None = None, *, rank: int = 0, world: int = 1
     ) -> "Batches":
         """The run's batches under the TrainConfig `c`."""
         return Batches(
-            self, batch_size=c.optim.batch_size, seed=c.seed, max_negatives=c.data.max_negatives,
-            steps=total_steps, rank=rank, world=world,
-        )  # fmt: skip
+            self,
+            batch_size=c.optim.batch_size,
+            seed=c.seed,
+            max_negatives=c.data.max_negatives,
+            steps=total_steps,
+            rank=rank,
+            world=world,
+        )
 
     def label(self, example: int) -> str:
         part = int(np.searchsorted(self._example_base, example, side="right")) - 1

@@ -86,6 +86,7 @@ def built_once(
             for stale in folder.parent.glob(f"{folder.name}.tmp-*"):
                 shutil.rmtree(stale, ignore_errors=True)
             shutil.rmtree(folder, ignore_errors=True)
+        log.info("building the %s", what)
         temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.tmp-", dir=folder.parent))
         try:
             info = build(temporary)

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 import numpy as np
 from tokenizers import Tokenizer
+from tqdm import tqdm
 
 from conf.schema import DataConfig, SourceConfig
 from data.batches import Ragged, TrainSet, TrainStore
@@ -86,8 +87,7 @@ def open_data(
     seed: int = 0,
     vocab_size: int | None = None,
 ) -> Data:
-    """Read and tokenise the data of `c`, or open what an earlier run left in c.cache_dir for the
-    same content.
+    """Read and tokenise the data of `c`, or open what an earlier run left for the same content.
 
     spec        prompts and maximum lengths of the model
     tokenizers  with truncation and padding off
@@ -99,33 +99,24 @@ def open_data(
     train_sets, dev, test, prompts, reports = [], {}, {}, {}, {}
     for name, source in sources.items():
         folder, info = _open_set(name, source, c)
-        train_sets.append(
-            _train_set(
-                folder,
-                info,
-                name,
-                source,
-                c,
-                spec,
-                (tokenizer_query, tokenizer_passage),
-                vocab_size,
-            )
-        )
+        tokenizers = (tokenizer_query, tokenizer_passage)
+        train_sets.append(_train_set(folder, info, name, source, c, spec, tokenizers, vocab_size))
         for key, stored in info["sets"].items():
             split, _, extra = key.partition("-")
             label = (name or split) + (f"-{extra}" if extra else "")
+            sets = dev if split == "dev" else test
+            if label in sets:
+                raise ValueError(
+                    f"two data sets would be reported as {label!r}; rename one of data.sets"
+                )
             found = _load_set(folder, stored, label)
-            (dev if split == "dev" else test)[label] = (
-                _limited(found, c) if split == "dev" else found
-            )
+            sets[label] = _limited(found, c) if split == "dev" else found
             prompts[label] = (source.query_prompt, source.passage_prompt)
         reports[name or "data"] = info["report"]
-    store = TrainStore(train_sets, mix=c.mix, mix_temperature=c.mix_temperature)
+    store = TrainStore(train_sets, c.mix, c.mix_temperature)
     if c.max_examples is not None and c.max_examples < store.num_examples:
-        store = TrainStore(
-            train_sets, mix=c.mix, mix_temperature=c.mix_temperature,
-            kept=_kept(store.sizes, c.max_examples, seed),
-        )  # fmt: skip
+        kept = _kept(store.sizes, c.max_examples, seed)
+        store = TrainStore(train_sets, c.mix, c.mix_temperature, kept)
     report = {"train_examples": store.num_examples, "data_sets": reports}
     log.info(
         "data: %s training examples; %s",
@@ -146,10 +137,17 @@ def _open_set(name: str, source: SourceConfig, c: DataConfig) -> tuple[Path, dic
     cache_dir = Path(c.cache_dir)
     content = _content_digest(source)
     key = digest_of(
-        INDEX_VERSION, content, source.root, source.format, source.columns, source.filter,
+        INDEX_VERSION,
+        content,
+        source.root,
+        source.format,
+        source.columns,
+        source.filter,
         (source.train_split, source.dev_split, source.test_split),
-        (c.dev_fraction, c.test_fraction, c.split_seed), c.eval_corpus, c.on_bad_row,
-    )  # fmt: skip
+        (c.dev_fraction, c.test_fraction, c.split_seed),
+        c.eval_corpus,
+        c.on_bad_row,
+    )
     folder = cache_dir / f"set-{key}"
     list_path = cache_dir / f"bad_rows-{key}.jsonl"
     shown = name or source.root or source.format
@@ -422,8 +420,10 @@ class _Writer:
         self._positive_ends, self._negative_ends = array("q", [0]), array("q", [0])
         self._num_own = 0
         self.digests: dict[str, str] = {}
+        self._bar = tqdm(desc="read", unit="example", leave=False, delay=2)
 
     def add(self, example: Example) -> None:
+        self._bar.update()
         self._query_E.append(self._queries.add(example.query))
         positives = dict.fromkeys(self._passages.add(t) for t in example.positives)
         assert positives, example
@@ -438,6 +438,7 @@ class _Writer:
         """Sizes. Negatives that answer their query somewhere in the data are left out here, and
         counted.
         """
+        self._bar.close()
         if not self._query_E:
             raise ValueError("the training split has no examples")
         query_E, positives, negatives = (
@@ -540,8 +541,12 @@ def _train_set(
             what=f"{side} of {name}" if name else side,
         )
 
-    queries = tokens("queries", tokenizers[0], query_prompt, spec.max_query_length)
-    passages = tokens("passages", tokenizers[1], passage_prompt, spec.max_passage_length)
+    longest_query, longest_passage = (
+        length if c.max_train_length is None else min(length, c.max_train_length)
+        for length in (spec.max_query_length, spec.max_passage_length)
+    )
+    queries = tokens("queries", tokenizers[0], query_prompt, longest_query)
+    passages = tokens("passages", tokenizers[1], passage_prompt, longest_passage)
     query_E, positives, negatives = _index_arrays(folder)
     return TrainSet(
         name=name,

@@ -173,6 +173,7 @@ def read_pydocs(root: str | Path | None = None, *, cache_dir: str | Path | None 
         found = _read_cache(cached)
         if found is not None:
             return found
+    log.info("parsing %s Python files of %s", f"{len(files):,}", shown)
     docs = _select(_extract_all(files), shown)
     if cached is not None:
         _write_cache(cached, docs)

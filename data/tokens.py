@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 from tokenizers import Tokenizer
+from tqdm import tqdm
 
 from data.cache import built_once, digest_of
 
@@ -195,8 +196,6 @@ def _build(
     dtype: str,
     what: str,
 ) -> dict:
-    from tqdm import tqdm
-
     offsets = array("q", [0])
     largest_id = -1
     num_cut = 0
@@ -215,8 +214,12 @@ def _build(
     np.save(folder / "offsets.npy", np.array(offsets, np.int64))
     log.info(
         "tokenised %s %s: %s tokens, %s at the maximum of %d",
-        f"{num_texts:,}", what, f"{offsets[-1]:,}", f"{num_cut:,}", max_length,
-    )  # fmt: skip
+        f"{num_texts:,}",
+        what,
+        f"{offsets[-1]:,}",
+        f"{num_cut:,}",
+        max_length,
+    )
     return {
         "version": STORE_VERSION,
         "dtype": dtype,

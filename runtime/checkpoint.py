@@ -68,7 +68,9 @@ def save(
         fsync_dir(temporary)
         os.replace(temporary, folder)
         fsync_dir(folder.parent)
-    _prune(run_dir, keep, progress.get("best_step"))
+    if progress["best_step"] == step:
+        _point_best_at(folder)
+    _prune(run_dir, keep, progress["best_step"])
     return folder
 
 
@@ -78,20 +80,20 @@ def _prune(run_dir: Path, keep: int, best_step: int | None) -> None:
             shutil.rmtree(checkpoint_dir(run_dir, step), ignore_errors=True)
 
 
-def mark_best(run_dir: Path, step: int) -> None:
-    """Point checkpoints/best at a saved step, atomically."""
-    temporary = run_dir / "checkpoints" / f".best.{os.getpid()}"
+def _point_best_at(folder: Path) -> None:
+    """Move the link checkpoints/best, atomically, to a checkpoint that is whole."""
+    temporary = folder.with_name(f".best.{os.getpid()}")
     temporary.unlink(missing_ok=True)
-    temporary.symlink_to(checkpoint_dir(run_dir, step).name)
-    os.replace(temporary, run_dir / "checkpoints" / "best")
-    fsync_dir(run_dir / "checkpoints")
+    temporary.symlink_to(folder.name)
+    os.replace(temporary, folder.with_name("best"))
+    fsync_dir(folder.parent)
 
 
-def load_latest(
+def resume(
     run_dir: Path, towers: nn.Module, loss_fn: nn.Module, optimizer: torch.optim.Optimizer
-) -> dict | None:
-    """Restore the newest readable checkpoint in place; its {"step", "progress"}, or None when there
-    is none.
+) -> tuple[int, dict]:
+    """Restore the newest readable checkpoint in place: (finished steps, progress); (0, a fresh
+    progress) when there is none.
 
     A damaged checkpoint is named in the log and the one before it is used.
     """
@@ -113,8 +115,8 @@ def load_latest(
                 torch.get_num_threads(),
                 state["threads"],
             )
-        return {"step": state["step"], "progress": state["progress"]}
-    return None
+        return state["step"], state["progress"]
+    return 0, {"best_value": None, "best_step": None, "bad_evaluations": 0}
 
 
 def load_best(run_dir: Path, towers: nn.Module, loss_fn: nn.Module, step: int) -> None:

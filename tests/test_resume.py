@@ -18,11 +18,26 @@ STEPS = 24
 
 def command(tiny_base: Path, name: str, *more: str) -> list[str]:
     return [
-        sys.executable, str(ROOT / "train.py"), "+experiment=toy", "model=custom", f"model.base={tiny_base}",
-        "model.max_query_length=32", "model.max_passage_length=32", f"optim.steps={STEPS}", "optim.batch_size=16",
-        "loss.learn_temperature=true", "model.dropout=0.2", "log_every=1", "save_every=3", "eval_every=8",
-        "runtime.threads=1", "runtime.precision=fp32", "wandb=disabled", f"name={name}", *more,
-    ]  # fmt: skip
+        sys.executable,
+        str(ROOT / "train.py"),
+        "+experiment=toy",
+        "model=custom",
+        f"model.base={tiny_base}",
+        "model.max_query_length=32",
+        "model.max_passage_length=32",
+        f"optim.steps={STEPS}",
+        "optim.batch_size=16",
+        "loss.learn_temperature=true",
+        "model.dropout=0.2",
+        "log_every=1",
+        "save_every=3",
+        "eval_every=8",
+        "runtime.threads=1",
+        "runtime.precision=fp32",
+        "wandb=disabled",
+        f"name={name}",
+        *more,
+    ]
 
 
 def run_dir(folder: Path, name: str) -> Path:

@@ -405,7 +405,8 @@ def test_examples_are_counted_without_reading_them(mix, num_sets):
     for step in range(3 * store.steps_per_epoch(16)):
         total += store.batches(c).batch_at(step).num_examples
         counted.append(total)
-    assert [store.num_examples_until(c, s) for s in range(len(counted))] == counted
+    until = store.batches(c).num_examples_until
+    assert [until(s) for s in range(len(counted))] == counted
 
 
 def test_kept_examples_alone_are_drawn():

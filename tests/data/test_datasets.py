@@ -352,6 +352,20 @@ def test_sets_bring_their_own_prompts_weights_and_test_sets(tmp_path):
         assert skip == (3 if read_back(tokens).startswith("p: ") else 0)
 
 
+def test_sets_that_would_share_a_name_are_refused(tmp_path):
+    """One would silently take the other's place in the result."""
+    for i in range(12):
+        body = "\n".join(f"    v{j} = {i * j}" for j in range(12))
+        source = f'def f{i}():\n    """Computes the value number {i}."""\n{body}\n'
+        (tmp_path / f"mod{i}.py").write_text(source)
+    sources = {
+        "x": SourceConfig(format="pydocs", root=str(tmp_path)),
+        "x-all": SourceConfig(format="toy"),
+    }
+    with pytest.raises(ValueError, match="two data sets would be reported as 'x-all'"):
+        open_some(tmp_path, sets=sources)
+
+
 # -- the cache ----------------------------------------------------------------------------------
 
 

@@ -4,7 +4,6 @@ import shutil
 
 import numpy as np
 import pytest
-import torch
 
 from conf.schema import ModelConfig, TrainConfig
 from models.build import build_model
@@ -15,9 +14,12 @@ BOUND = 1e-5  # fused kernels round sums of at most 64 terms in another order
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+@pytest.mark.skipif(
+    shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU"
+)
 def test_compiled_layers_give_the_same_embeddings_and_gradients(tiny_base):
-    """Ragged packs of two shapes: a program specialised to the first would fail or be wrong on the second."""
+    """Ragged packs of two shapes: a program specialised to the first would fail or be wrong on the
+    second."""
     rng = np.random.default_rng(0)
     packs = [
         pack([rng.integers(5, 90, n) for n in lengths]) for lengths in ([9, 9, 4], [21, 7, 7, 7, 1])

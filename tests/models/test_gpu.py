@@ -23,7 +23,8 @@ LENGTHS = [130, 77, 77, 9, 1]
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_attention_equals_the_cpu_in_float64(dtype, with_bias, half_window):
-    """varlen or padded, whichever this device takes, forward and backward, within rounding of its type."""
+    """varlen or padded, whichever this device takes, forward and backward, within rounding of its
+    type."""
     generator = torch.Generator().manual_seed(0)
     qkv = torch.randn(sum(LENGTHS), 3, 4, 32, generator=generator)
     bias = torch.randn(4, max(LENGTHS), max(LENGTHS), generator=generator) if with_bias else None
@@ -54,7 +55,9 @@ def test_a_training_step_equals_the_cpu(precision, tiny_base):
             towers, loss_fn, random_batch(), seed=0, step=0, chunk_tokens=50, device=device,
             autocast=autocast_for(kind, device),
         )  # fmt: skip
-        grads = torch.cat([p.grad.flatten().cpu() for p in towers.parameters() if p.grad is not None])
+        grads = torch.cat(
+            [p.grad.flatten().cpu() for p in towers.parameters() if p.grad is not None]
+        )
         found.append((loss.item(), grads))
     (loss_cpu, grads_cpu), (loss_gpu, grads_gpu) = found
     bound = 0.05 if precision == "bf16" else 1e-4

@@ -45,7 +45,7 @@ def save_tiny(layout: str, folder) -> None:
                 eos_token_id=1,
                 cls_token_id=2,
                 sep_token_id=1,
-            )  # fmt: skip
+            )
         ),
     }[layout]()
     with torch.no_grad():  # the usual initial spread of .02 would leave attention uniform
@@ -105,8 +105,12 @@ def _matching_gradient(name: str, theirs: dict) -> torch.Tensor | None:
     from our map."""
     words = name.split(".")
     if words[0] == "embeddings":
-        keys = {"word": ("word_embeddings", "tok_embeddings"), "position": ("position_embeddings",),
-                "token_type": ("token_type_embeddings",), "norm": ("LayerNorm", "norm")}[words[1]]  # fmt: skip
+        keys = {
+            "word": ("word_embeddings", "tok_embeddings"),
+            "position": ("position_embeddings",),
+            "token_type": ("token_type_embeddings",),
+            "norm": ("LayerNorm", "norm"),
+        }[words[1]]
         return next(
             theirs[f"embeddings.{k}.{words[2]}"].grad
             for k in keys
@@ -117,14 +121,22 @@ def _matching_gradient(name: str, theirs: dict) -> torch.Tensor | None:
     if words[0] == "final_norm":
         return theirs["final_norm.weight"].grad
     number, part, kind = words[1], ".".join(words[2:-1]), words[-1]
-    modern = {"attention.qkv": "attn.Wqkv", "attention.out": "attn.Wo", "mlp.up": "mlp.Wi", "mlp.down": "mlp.Wo",
-              "attention_norm": "attn_norm", "mlp_norm": "mlp_norm"}  # fmt: skip
+    modern = {
+        "attention.qkv": "attn.Wqkv",
+        "attention.out": "attn.Wo",
+        "mlp.up": "mlp.Wi",
+        "mlp.down": "mlp.Wo",
+        "attention_norm": "attn_norm",
+        "mlp_norm": "mlp_norm",
+    }
     if f"layers.{number}.{modern[part]}.{kind}" in theirs:
         return theirs[f"layers.{number}.{modern[part]}.{kind}"].grad
     layer = f"encoder.layer.{number}"
     if part == "attention.qkv":
-        for names in (("attention.self.query", "attention.self.key", "attention.self.value"),
-                      ("attention.attn.q", "attention.attn.k", "attention.attn.v")):  # fmt: skip
+        for names in (
+            ("attention.self.query", "attention.self.key", "attention.self.value"),
+            ("attention.attn.q", "attention.attn.k", "attention.attn.v"),
+        ):
             if f"{layer}.{names[0]}.{kind}" in theirs:
                 return torch.cat([theirs[f"{layer}.{n}.{kind}"].grad for n in names])
     choices = {
@@ -157,7 +169,8 @@ def test_grouped_attention_gradient_equals_finite_differences(half_window, with_
 
 
 def test_gelu_down_gradient_equals_autograd():
-    """The activation is computed again in a backward written by hand: autograd's own is the judge."""
+    """The activation is computed again in a backward written by hand: autograd's own is the
+    judge."""
     generator = torch.Generator().manual_seed(0)
     up, weight, bias = (
         torch.randn(*shape, dtype=torch.float64, generator=generator, requires_grad=True)
