@@ -546,25 +546,29 @@ HELP = {
     "train": """\
 Train a text retriever: python {program} [+experiment=<name>] [group=<option>] [setting=<value>] ...
 
-  python {program} +experiment=quickstart                          learn from the Python code on
-  this machine python {program} data=local data.root=my_pairs.jsonl name=mine   your own pairs
-  (query, positive[, negative ...]) python {program} data=local data.root=my_pairs.jsonl name=mine
-  model=e5_small optim.epochs=3 python {program} ... resume=true                                 go
-  on with a run that was stopped python {program} -m ... seed=0,1,2 optim.lr=1e-5,1e-4            a
-  sweep: one run a combination
+  python {program} +experiment=quickstart
+      learn from the Python code on this machine
+  python {program} data=local data.root=my_pairs.jsonl name=mine
+      your own (query, positive[, negative ...]) rows
+  python {program} data=local data.root=my_pairs.jsonl model=e5_small optim.epochs=3
+      another model, another setting
+  python {program} ... resume=true
+      go on with a run that was stopped
+  python {program} -m ... seed=0,1,2 optim.lr=1e-5,1e-4
+      a sweep: one run a combination
 
 Everything a run leaves is in runs/<name>/<overrides>/seed<k>/ (report.md, export/, result.json).
 """,
     "evaluate": """\
-Evaluate a model on a test set: python {program} model=<run, folder or hub id> data=<folder or file>
-[setting=<value>] ...
+Evaluate a model on a test set: python {program} model=<model> data=<test set> [setting=<value>] ...
 
   python {program} model=runs/mine/default/seed0 data=my_beir_folder
-  python {program} model=sentence-transformers/all-MiniLM-L6-v2 data=my_beir_folder split=dev
-  'dims=[384,128]' python {program} model=runs/mine/default/seed0 data=my_beir_folder
-  against=runs/other/default/seed0 out=eval
+      a run, a model folder or a hub id, on a BEIR folder or a file of pairs
+  python {program} model=all-MiniLM-L6-v2 data=my_beir_folder split=dev 'dims=[384,128]'
+      another split; several dimensions from one encoding
+  python {program} model=runs/mine/default/seed0 data=my_beir_folder against=bm25 out=eval/mine
+      paired differences to another model or eval.json; files in eval/mine
 
-  split=test|dev|...   dims=[...]   precision=fp32|bf16|int8|binary   against=<model or eval.json>  
-                       bm25=true|false
+  split=test|dev|...   dims=[...]   precision=fp32|bf16|int8|binary   bm25=true|false
 """,
 }

@@ -77,6 +77,12 @@ class Data:
     prompts: dict[str, tuple[str | None, str | None]]
     report: dict[str, Any]
 
+    @property
+    def compared(self) -> dict[str, RetrievalSet]:
+        """The test sets that the untrained model answers too. "test-all" is not among them: its
+        passages are ten times those of "test", and encoding them twice would double the run."""
+        return {name: one for name, one in self.test.items() if not name.endswith("test-all")}
+
 
 def open_data(
     c: DataConfig,

@@ -5,13 +5,14 @@ import json
 import logging
 import resource
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from conf.schema import TrainConfig
 from data.datasets import Data
+from data.records import RetrievalSet
 from evals import report
 from evals.bm25 import bm25_hits
 from evals.metrics import evaluate_hits
@@ -29,29 +30,34 @@ FIRST_HITS = 10  # kept a query and system, for the examples of the report
 def evaluate_base(
     towers: Towers, data: Data, dims: Sequence[int], run_dir: Path, *, precision: str
 ) -> dict:
-    """Per-query metrics and first hits of the untrained model on every test set; read back when a
+    """Per-query metrics and first hits of the untrained model on the test sets; read back when a
     run resumes.
 
     {set: {dim: {"query_ids": [..], "per_query": {metric: [..]}, "first_hits": {query id: [document
-    ids]}}}}; the widest
-    dim of each set also has "scores", a sample of relevant and random pairs.
+    ids]}}}}; the widest dim also has "scores", a sample of relevant and random pairs.
     """
     path = run_dir / "base.json"
     if path.is_file():
         return json.loads(path.read_text(encoding="utf-8"))
-    base = _evaluate(towers, data, dims, precision=precision, progress="base")
+    base = _evaluate(towers, data, data.compared, dims, precision=precision, progress="base")
     write_json_atomic(path, base)
     return base
 
 
 def _evaluate(
-    towers: Towers, data: Data, dims: Sequence[int], *, precision: str, progress: str
+    towers: Towers,
+    data: Data,
+    sets: Mapping[str, RetrievalSet],
+    dims: Sequence[int],
+    *,
+    precision: str,
+    progress: str,
 ) -> dict:
     embedded = encode_sets(
-        towers, data.test, prompts=data.prompts, precision=precision, progress=progress
+        towers, sets, prompts=data.prompts, precision=precision, progress=progress
     )
     result = {}
-    for name, one in data.test.items():
+    for name, one in sets.items():
         scored = score(*embedded[name], one, dims)
         result[name] = {str(dim): _plain(s) for dim, s in scored.items()}
         sample = report.sample_scores(*embedded[name], one)
@@ -120,13 +126,16 @@ def write_result(
 
     totals  steps, examples_per_s, tokens_per_s, train_s of the loop
     """
-    tuned = _evaluate(towers, data, dims, precision=precision, progress="tuned")
+    tuned = _evaluate(towers, data, data.test, dims, precision=precision, progress="tuned")
     bm25 = {}
     for name, some in data.test.items():
         log.info("BM25 on %s", name)
         scored = Scored(hits := bm25_hits(some, 100), evaluate_hits(hits, some.qrels))
         bm25[name] = _plain(scored)
-    sets = {name: _set_result(bm25[name], base[name], tuned[name], c.seed) for name in tuned}
+    sets = {n: _set_result(bm25[n], base.get(n, {}), tuned[n], c.seed) for n in tuned}
+    for name, of in sets.items():
+        queries, passages = len(data.test[name].query_ids), len(data.test[name].doc_ids)
+        of["size"] = f"{queries:,} queries among {passages:,} passages"
     first = next(iter(sets), None)
     result: dict = {"name": c.name, "task": c.task, "seed": c.seed}
     result |= sets[first] if first else {"metrics": {}, "delta": {}}
@@ -147,7 +156,9 @@ def write_result(
             *hits, data.test[first], count=c.examples_shown, seed=c.seed
         )
     tables = {
-        f"nDCG@10 on {name}": report.result_table(s["metrics"], s["delta"], markdown=True)
+        f"nDCG@10 on {name}, {s['size']}": report.result_table(
+            s["metrics"], s["delta"], markdown=True
+        )
         for name, s in result["other_sets"].items()
     }
     captions = {f.stem.replace("_", " "): f"figures/{f.name}" for f in figures}
@@ -177,7 +188,7 @@ def _set_result(bm25: dict, base: dict, tuned: dict, seed: int) -> dict:
         name: {dim: means(one) for dim, one in of.items()}
         for name, of in (("base", base), ("tuned", tuned))
     }
-    return {"metrics": metrics, "delta": {dim: against(dim) for dim in tuned}}
+    return {"metrics": metrics, "delta": {dim: against(dim) for dim in base}}
 
 
 def _figures(
@@ -248,10 +259,8 @@ def _show(run_dir: Path, result: dict, examples: str) -> None:
     out = sys.stdout
     names = {result["test_set"]: result, **result["other_sets"]} if result["test_set"] else {}
     for name, of in names.items():
-        n = next((d["n"] for dim in of["delta"].values() for d in dim.values()), 0)
-        out.write(
-            f"\nnDCG@10 on {name}, {n} queries\n{report.result_table(of['metrics'], of['delta'])}\n"
-        )
+        table = report.result_table(of["metrics"], of["delta"])
+        out.write(f"\nnDCG@10 on {name}, {of['size']}\n{table}\n")
     if examples:
         out.write(f"\n{examples}\n")
     out.write(f"\nreport   {run_dir / 'report.md'}\nfigures  {run_dir / 'figures'}\n")

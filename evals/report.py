@@ -121,31 +121,24 @@ def result_table(
     *,
     markdown: bool = False,
 ) -> str:
-    """BM25, base, tuned, gain with 95% interval and p: one row a dimension, greatest first."""
+    """BM25, base, tuned, gain with 95% interval and p: one row a dimension, greatest first.
+
+    Columns that nothing is known of are left out.
+    """
     dims = sorted(metrics.get("tuned", metrics.get("base", {})), key=int, reverse=True)
+    columns: dict[str, list[str]] = {"dim": dims}
     bm25 = metrics.get("bm25", {}).get(metric)
-    header = [
-        "dim",
-        *(["BM25"] if bm25 is not None else []),
-        "base",
-        "tuned",
-        "gain [95% interval]",
-        "p",
-    ]
-    rows = []
-    for dim in dims:
-        d = delta.get(dim, {}).get(metric)
-        rows.append(
-            [
-                dim,
-                *([_share(bm25)] if bm25 is not None else []),
-                _share(metrics.get("base", {}).get(dim, {}).get(metric)),
-                _share(metrics.get("tuned", {}).get(dim, {}).get(metric)),
-                gain_text(d) if d else "-",
-                p_text(d["p"]) if d else "-",
-            ]
-        )
-    return text_table(header, rows, markdown=markdown)
+    if bm25 is not None:
+        columns["BM25"] = [_share(bm25)] * len(dims)
+    for name in ("base", "tuned"):
+        if metrics.get(name):
+            columns[name] = [_share(metrics[name].get(dim, {}).get(metric)) for dim in dims]
+    if delta:
+        gains = [delta.get(dim, {}).get(metric) for dim in dims]
+        columns["gain [95% interval]"] = [gain_text(d) if d else "-" for d in gains]
+        columns["p"] = [p_text(d["p"]) if d else "-" for d in gains]
+    rows = list(zip(*columns.values(), strict=True))
+    return text_table(list(columns), rows, markdown=markdown)
 
 
 def metrics_table(
