@@ -6,10 +6,7 @@ same precision, once as each comes by default. The median of the passes after th
 """
 
 import argparse
-import json
-import os
 import statistics
-import sys
 
 from benchmarks.step import BASE, PEAK_FLOPS
 
@@ -134,17 +131,8 @@ def work_sentence_transformers(args: argparse.Namespace) -> dict:
     return timed(encode, args, device)
 
 
-def main() -> None:
-    args = arguments()
-    if not args.worker:
-        compare(args)
-        return
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    work = {"rook": work_rook, "sentence-transformers": work_sentence_transformers}[args.worker]
-    out, sys.stdout = sys.stdout, sys.stderr  # libraries print; the last line of stdout is ours
-    result = work(args)
-    print(json.dumps(result), file=out)
-
-
 if __name__ == "__main__":
-    main()
+    from benchmarks.turns import main
+
+    workers = {"rook": work_rook, "sentence-transformers": work_sentence_transformers}
+    main(arguments, compare, workers)

@@ -10,9 +10,7 @@ On a GPU tokens/s, the share of padding and model FLOP utilisation are reported 
 import argparse
 import itertools
 import json
-import os
 import statistics
-import sys
 import tempfile
 from pathlib import Path
 
@@ -220,17 +218,8 @@ def work_sentence_transformers(args: argparse.Namespace) -> dict:
     }
 
 
-def main() -> None:
-    args = arguments()
-    if not args.worker:
-        compare(args)
-        return
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    work = {"rook": work_rook, "sentence-transformers": work_sentence_transformers}[args.worker]
-    out, sys.stdout = sys.stdout, sys.stderr  # libraries print; the last line of stdout is ours
-    result = work(args)
-    print(json.dumps(result), file=out)
-
-
 if __name__ == "__main__":
-    main()
+    from benchmarks.turns import main
+
+    workers = {"rook": work_rook, "sentence-transformers": work_sentence_transformers}
+    main(arguments, compare, workers)

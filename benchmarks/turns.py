@@ -8,6 +8,7 @@ benchmark adds.
 
 import csv
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -99,6 +100,18 @@ def emit(rows: list[dict], *, csv_name: str | None, json_path: str | None) -> No
         Path(json_path).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     if csv_name:
         append_csv(DATA / csv_name, [r | provenance() for r in rows])
+
+
+def main(arguments, compare, workers) -> None:
+    """A benchmark's main: one side in this process with --worker, else all of them by turns."""
+    args = arguments()
+    if not args.worker:
+        compare(args)
+        return
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    out, sys.stdout = sys.stdout, sys.stderr  # libraries print; the last line of stdout is ours
+    result = workers[args.worker](args)
+    print(json.dumps(result), file=out)
 
 
 def append_csv(path: Path, rows: list[dict]) -> None:
