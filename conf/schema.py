@@ -348,7 +348,7 @@ class EvaluateConfig:
     top_k: int = 100
     seed: int = 0  # of the bootstrap
     encode_precision: str = "auto"  # auto | fp32 | bf16, of the encoder
-    batch_tokens: int = 16384
+    batch_tokens: int = 0  # tokens encoded at once; 0: chosen by device
     device: str = "auto"
     columns: dict[str, str] = field(default_factory=dict)
 

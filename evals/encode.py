@@ -23,7 +23,7 @@ def encode(
     side: str,
     *,
     precision: str = "auto",
-    batch_tokens: int = 16384,
+    batch_tokens: int = 0,
     progress: str = "",
     prompt: str | None = None,
 ) -> np.ndarray:
@@ -31,7 +31,7 @@ def encode(
 
     side          query | passage: chooses tower, prompt and maximum length
     precision     auto (bf16 where the hardware has it) | fp32 | bf16
-    batch_tokens  tokens encoded at once
+    batch_tokens  tokens encoded at once; 0: what fits a CPU's cache, or fills a GPU
     progress      label of a progress bar; empty for none
     prompt        instead of the model's own
     """
@@ -44,6 +44,7 @@ def encode(
     skip = 0 if towers.spec.prompt_in_pooling else num_prompt_tokens(tokenizer, prompt)
     tower = towers.tower(side)
     device = next(tower.parameters()).device
+    batch_tokens = batch_tokens or (4096 if device.type == "cpu" else 65536)
     autocast = autocast_for(pick_precision(precision, device), device)
     was_training = tower.training
     tower.eval()

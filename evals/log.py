@@ -33,6 +33,12 @@ def kept(of: dict) -> dict:
     return {"metrics": metrics, "delta": delta}
 
 
+def without_folder(word: str) -> str:
+    """model.base=/home/me/models/tiny -> model.base=tiny; hub ids stay."""
+    name, _, value = word.rpartition("=")
+    return f"{name}={Path(value).name}".lstrip("=") if value.startswith("/") else word
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m evals.log", description=__doc__)
     parser.add_argument("run", type=Path)
@@ -45,10 +51,12 @@ def main() -> None:
     result = json.loads(path.read_text(encoding="utf-8"))
     env = json.loads((args.run / "env.json").read_text(encoding="utf-8"))
     config = read_config(args.run)
-    config["data"].pop("root", None)  # a path of this machine says nothing elsewhere
-    config["data"].pop("cache_dir", None)
+    for key in ("root", "cache_dir"):  # a path of this machine says nothing elsewhere
+        config["data"].pop(key, None)
+    config["runs_dir"], config["model"]["base"] = None, without_folder(config["model"]["base"])
     overrides = (args.run / "overrides.txt").read_text(encoding="utf-8").split("\n")
-    command = [w for w in overrides if w and not w.startswith(("data.root=", "data.cache_dir="))]
+    left_out = ("data.root=", "data.cache_dir=", "runs_dir=")
+    command = [without_folder(w) for w in overrides if w and not w.startswith(left_out)]
     name = args.name or result["name"]
     content = {
         "date": date.today().isoformat(),
