@@ -1,5 +1,4 @@
-"""Evaluate a model on a test set: python evaluate.py model=<run, folder or hub id> data=<BEIR
-folder>
+"""Evaluate a model: python evaluate.py model=<run, folder or hub id> data=<BEIR folder>
 
 Every text is encoded once; every dimension comes from the same embeddings. Settings:
 conf/schema.py, EvaluateConfig. Prints tables; with out=<folder> also writes eval.json (means,
@@ -27,8 +26,10 @@ COMPARED = ("ndcg@10", "accuracy@1")  # metrics of the table of differences; eva
 
 @dataclass
 class System:
-    """Results of one model: label ("384", ..., or "bm25") -> hits and metrics. hits are absent in
-    a read eval.json."""
+    """Results of one model: label ("384", ..., or "bm25") -> hits and metrics.
+
+    There are no hits when it was read from an eval.json.
+    """
 
     name: str
     metrics: "dict[str, Metrics]"
