@@ -295,9 +295,18 @@ def test_a_refused_start_writes_nothing_into_the_finished_run(run, tmp_path):
     assert code == 2 and not calls
     assert "already holds result.json" in err and "resume=true" in err and "name=" in err
     code, calls, _, err = run("data=toy", "resume=true", "+experiment=quickstart", "name=run")
-    assert code == 2 and "optim.lr: 2e-05" in err and "0.0001 now" in err
+    assert code == 2 and "optim.lr: 2e-05" in err and "0.0006 now" in err
     after = {p: p.read_bytes() for p in (tmp_path / "runs").rglob("*") if p.is_file()}
     assert after == before
+
+
+def test_lists_of_names_stay_lists(run):
+    """Quoted like a name, `[a,b]` would become one text; a colon is part of layers:<n>."""
+    code, calls, _, err = run("data=toy", "model.freeze=[embeddings,layers:2]", "loss.dims=[]")
+    assert code == 0, err
+    assert calls[0][0].model.freeze == ["embeddings", "layers:2"] and calls[0][0].loss.dims == []
+    code, calls, _, err = run("data=toy", "model.freeze=[]", "name=other")
+    assert code == 0 and calls[0][0].model.freeze == [], err
 
 
 def test_flags_may_stand_anywhere(run):

@@ -55,7 +55,8 @@ def test_experiment_can_be_run_small(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     c = compose(
         monkeypatch, f"+experiment={name}", "model=custom", "model.base=tiny", "data=toy",
-        "loss.dims=[8,4]", "optim.steps=2", "optim.batch_size=4", "runtime=cpu", "wandb=disabled",
+        "loss.dims=[8,4]", "loss.dim_weights=[]", "optim.steps=2", "optim.batch_size=4",
+        "runtime=cpu", "wandb=disabled",
     )  # fmt: skip
     assert c.data.format == "toy" and c.data.root is None and not c.data.columns
     assert c.model.base == "tiny" and c.loss.dims == [8, 4] and c.optim.steps == 2

@@ -18,6 +18,7 @@ def test_experiment_trains_two_steps(name, tiny_base, tmp_path, monkeypatch):
     args = [
         f"+experiment={name}", "model=custom", f"model.base={tiny_base}", "data=toy",
         "model.max_query_length=32", "model.max_passage_length=32", "loss.dims=[8,4]",
+        "loss.dim_weights=[]", "model.freeze=[]",
         "optim.steps=2", "optim.batch_size=4", "runtime=cpu", "runtime.precision=fp32",
         "wandb=disabled", "log_every=1",
     ]  # fmt: skip

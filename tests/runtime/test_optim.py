@@ -84,6 +84,5 @@ def test_temperature_has_a_rate_of_its_own_and_follows_the_schedule(tiny_base):
 def test_nothing_left_to_train_is_refused(tiny_base):
     """Everything frozen: AdamW's own message would not name the setting."""
     c = ModelConfig(base=str(tiny_base), towers="dual", freeze=["query_tower", "passage_tower"])
-    towers = build_model(c, dims=[])
     with pytest.raises(ValueError, match=r"model\.freeze"):
-        build_optimizer(towers, InfoNCE(LossConfig()), OptimConfig())
+        build_optimizer(build_model(c, dims=[]), InfoNCE(LossConfig()), OptimConfig())
