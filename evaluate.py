@@ -135,7 +135,7 @@ def evaluate_model(
         from evals.encode import encode
         from evals.retrieval import distinct
         from models.pretrained import load_towers
-        from runtime.device import pick_device
+        from runtime.device import keep_freed_memory, pick_device
 
         towers = load_towers(model)
         for dim in c.dims:
@@ -144,6 +144,7 @@ def evaluate_model(
                     f"dims: {dim} is more than {model} has; its embeddings have {towers.width}"
                     " components"
                 )
+        keep_freed_memory()
         device = pick_device(c.device)
         towers = towers.to(device)
         options = {"precision": c.encode_precision, "batch_tokens": c.batch_tokens}

@@ -16,7 +16,7 @@ from conf.cli import main
 from conf.schema import TrainConfig
 from data.batches import Batch
 from data.datasets import open_data
-from evals.final import evaluate_base, evaluate_dev, write_result
+from evals.final import check_dev, evaluate_base, evaluate_dev, write_result
 from losses.build import build_loss
 from losses.grad_cache import train_step
 from models.build import build_model
@@ -53,6 +53,7 @@ def train(c: TrainConfig, run_dir: Path) -> None:
     prepare_runtime(towers, c)
     tokenizers = towers.tokenizer_query, towers.tokenizer_passage
     data = open_data(c.data, towers.spec, *tokenizers, seed=c.seed)
+    check_dev(c, data)
     # before a single step; a resumed run reads what it was
     base = evaluate_base(towers, data, dims, run_dir, precision=precision)
     loss_fn = build_loss(c.loss).to(device)
@@ -144,12 +145,9 @@ def check_finite(step: int, batch: Batch, loss: torch.Tensor, grad_norm: torch.T
 
 def note_best(progress: dict, step: int, values: dict[str, float], c: TrainConfig) -> None:
     """Update best_value, best_step and bad_evaluations from dev metrics, in place."""
-    key = f"dev/{c.best_metric}"
-    if key not in values:
-        raise ValueError(f"best_metric ({c.best_metric}) is not evaluated; choose one of"
-                         f" {', '.join(k[4:] for k in values if k.count('/') == 1)}")  # fmt: skip
-    if progress["best_value"] is None or values[key] > progress["best_value"]:
-        progress.update(best_value=values[key], best_step=step, bad_evaluations=0)
+    value = values[f"dev/{c.best_metric}"]
+    if progress["best_value"] is None or value > progress["best_value"]:
+        progress.update(best_value=value, best_step=step, bad_evaluations=0)
     else:
         progress["bad_evaluations"] += 1
 

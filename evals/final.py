@@ -15,7 +15,7 @@ from data.datasets import Data
 from data.records import RetrievalSet
 from evals import report
 from evals.bm25 import bm25_hits
-from evals.metrics import evaluate_hits
+from evals.metrics import NAMES, evaluate_hits
 from evals.retrieval import Scored, encode_sets, score
 from models.export import export
 from models.towers import Towers
@@ -72,10 +72,19 @@ def _plain(scored: Scored) -> dict:
     return {
         "per_query": {name: value.tolist() for name, value in metrics.per_query.items()},
         "query_ids": metrics.query_ids,
-        "first_hits": {
-            q: [d for d, _ in hits.of(row)[:FIRST_HITS]] for row, q in enumerate(hits.query_ids)
-        },
+        "first_hits": hits.ids_by_query(FIRST_HITS),
     }
+
+
+def check_dev(c: TrainConfig, data: Data) -> None:
+    """Raise ValueError, before any work, when evaluation during training cannot be had."""
+    if c.best_metric not in NAMES:
+        raise ValueError(f"best_metric ({c.best_metric!r}) must be one of {', '.join(NAMES)}")
+    if c.eval_every and not data.dev:
+        raise ValueError(
+            "eval_every needs dev queries, but the data has none; set eval_every=0 or"
+            " data.dev_fraction"
+        )
 
 
 def evaluate_dev(
@@ -83,14 +92,7 @@ def evaluate_dev(
 ) -> dict[str, float]:
     """dev/<metric> at the widest dim, a mean over dev sets; each set's own numbers beside it when
     there are several.
-
-    Raises ValueError when the data has no dev queries.
     """
-    if not data.dev:
-        raise ValueError(
-            "eval_every needs dev queries, but the data has none; set eval_every=0 or"
-            " data.dev_fraction"
-        )
     embedded = encode_sets(towers, data.dev, prompts=data.prompts, precision=precision)
     means = {}
     for name, some in data.dev.items():
@@ -237,8 +239,8 @@ def _card(c: TrainConfig, result: dict, dims: Sequence[int]) -> dict:
     settings = {k: facts[k] for k in ("learning rate", "loss", "steps", "seed")}
     return {
         "name": c.name,
-        "base_model": c.model.base,
-        "data": f"{facts['data']} ({c.data.format})",
+        # a card is published: the name of a local file or folder, not its path
+        "data": f"{Path(str(facts['data'])).name} ({c.data.format})",
         "settings": settings | {"dims": list(dims)},
         "result": result,
     }
