@@ -6,6 +6,7 @@ Read top to bottom: setup, loop, result. Settings: conf/schema.py. Why it is so:
 import logging
 import math
 import os
+import time
 from pathlib import Path
 
 import torch
@@ -41,6 +42,7 @@ def train(c: TrainConfig, run_dir: Path) -> None:
         raise ValueError("training runs in one process so far; start it without torchrun")
 
     # 1. setup: everything that happens once
+    began = time.perf_counter()
     keep_freed_memory()
     if c.runtime.threads:
         torch.set_num_threads(c.runtime.threads)
@@ -116,7 +118,7 @@ def train(c: TrainConfig, run_dir: Path) -> None:
     # 3. the result: small files that a report can read without W&B
     if progress["best_step"] is not None:
         checkpoint.load_best(run_dir, towers, loss_fn, progress["best_step"])
-    totals = {"steps": done, **clock.totals()}
+    totals = {"steps": done, **clock.totals(), "wall_s": time.perf_counter() - began}
     write_result(c, run_dir, towers, data, dims, base, track, totals, precision=precision)
 
 

@@ -126,7 +126,7 @@ def write_result(
 ) -> None:
     """Evaluate, export, report: export/, figures/, report.md and, last of all, result.json.
 
-    totals  steps, examples_per_s, tokens_per_s, train_s of the loop
+    totals  steps, examples_per_s, tokens_per_s, train_s of the loop; wall_s up to its end
     """
     tuned = _evaluate(towers, data, data.test, dims, precision=precision, progress="tuned")
     bm25 = {}

@@ -60,12 +60,12 @@ def train_step(
     chunk_tokens: int,
     device: torch.device,
     autocast: Callable[[], AbstractContextManager],
-) -> tuple[Tensor, dict[str, float]]:
+) -> tuple[Tensor, dict[str, Tensor]]:
     """Forward and backward of one batch: gradients are added to the parameters' .grad.
 
     autocast  makes the context for the encoder (the loss always runs in float32)
     Returns the loss in nats (a mean over the examples of all ranks) and the loss function's own
-    numbers.
+    numbers, on the device: reading them is a sync.
     """
     # 1. encode every chunk, keeping its graph
     parts: dict[str, list[Tensor]] = {"query": [], "passage": []}

@@ -122,7 +122,7 @@ class InfoNCE(nn.Module):
 
     def forward(
         self, q_BD: Tensor, p_ND: Tensor, targets: Targets
-    ) -> tuple[Tensor, dict[str, float]]:
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """(loss, {"diagonal", "mean_similarity"}): mean score of the pairs and of all cells,
         divided by temperature,
         at the widest dim."""
@@ -141,8 +141,5 @@ class InfoNCE(nn.Module):
             if dim == max(dims):
                 with torch.no_grad():
                     pairs_P = scores_BN[targets.pair_query_P, targets.pair_passage_P]
-                    aux = {
-                        "diagonal": pairs_P.mean().item(),
-                        "mean_similarity": scores_BN.mean().item(),
-                    }
+                    aux = {"diagonal": pairs_P.mean(), "mean_similarity": scores_BN.mean()}
         return total, aux

@@ -1,10 +1,8 @@
 """What is saved and restored: everything a resumed run needs to end as if it had never stopped.
 
 Saved: weights, loss parameters, optimiser state, the number of finished steps, best metric and
-early-stopping count,
-CPU thread count. Not saved, because they are functions of (seed, step): batches, sampled negatives,
-dropout masks,
-the learning rate.
+early-stopping count, CPU thread count. Not saved, because they are functions of (seed, step):
+batches, sampled negatives, dropout masks, the learning rate.
 """
 
 import logging
@@ -135,9 +133,7 @@ def load_best(run_dir: Path, towers: nn.Module, loss_fn: nn.Module, step: int) -
 def _read(folder: Path) -> dict | None:
     try:
         state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
-    except (
-        Exception
-    ) as error:  # torch.load has no narrow error of its own: zip, pickle and OS errors all occur
+    except Exception as error:  # torch.load has no error of its own: zip, pickle and OS errors
         log.warning("%s is damaged and left out (%s)", folder / "state.pt", error)
         return None
     if state.get("format") != _FORMAT:
