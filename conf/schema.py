@@ -5,6 +5,7 @@ Sections in TrainConfig are ordered by their effect: model, loss, data and optim
 runtime and wandb must not.
 """
 
+import math
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, get_type_hints
 
@@ -87,19 +88,43 @@ class ModelConfig:
 
 @dataclass
 class LossConfig:
-    """InfoNCE (losses/infonce.py)."""
+    """A contrastive loss (losses/infonce.py has the equations).
 
-    kind: str = "infonce"
+    A pair's loss is softplus(log sum exp(z of negatives) - z of the positive), z = cosine /
+    temperature. The keys below the temperature say which negatives, and what else is added.
+    """
+
+    kind: str = "infonce"  # infonce | sigmoid (SigLIP: each cell by itself)
     temperature: float = 0.05
     learn_temperature: bool = False
     temperature_min: float = 0.005  # bounds of a learned temperature
     temperature_max: float = 1.0
+    sigmoid_bias: float = -10.0  # start of the learned bias of kind=sigmoid
     symmetric: float = 0.0  # weight of the passage-to-query direction, in [0, 1]
+    # what a pair is told from, in one softmax: query_passage (always), query_query,
+    # passage_passage, passage_query; Qwen3 has the first three, GTE all four
+    negatives: list[str] = field(default_factory=lambda: ["query_passage"])
+    # false negatives: left out where the cosine exceeds the positive's + margin, or ratio * the
+    # positive's, or either; the positive is always exempt
+    false_negative_margin: float | None = None
+    false_negative_ratio: float | None = None
+    guide: str | None = None  # model (folder, hub id, run) whose cosines are compared; null: own
+    label_smoothing: float = 0.0
+    hardness: float = 0.0  # added to a negative's score, times its cosine (no gradient)
+    debias: float = 0.0  # assumed share of false negatives among the negatives
+    teacher: str | None = None  # model whose in-batch similarities are soft labels
+    teacher_temperature: float = 0.05
+    teacher_weight: float = 0.0  # share of KL(teacher || model); 1: nothing else
     dims: list[int] = field(default_factory=list)  # Matryoshka; empty: the full dimension alone
     dim_weights: list[float] = field(default_factory=list)  # one a dim; empty: all 1
+    dims_per_step: int = 0  # a seeded sample of the dims each step; 0: all
+
+    @property
+    def query_negatives(self) -> bool:
+        return "query_query" in self.negatives
 
     def __post_init__(self) -> None:
-        _one_of("loss.kind", self.kind, ("infonce",))
+        _one_of("loss.kind", self.kind, ("infonce", "sigmoid"))
         _require(
             self.temperature > 0,
             f"loss.temperature ({self.temperature}) must be > 0; common values are 0.01 to 0.1"
@@ -111,7 +136,72 @@ class LossConfig:
             f" ({self.temperature_max})"
             " must satisfy 0 < min <= max",
         )
+        _require(
+            not self.learn_temperature
+            or self.temperature_min <= self.temperature <= self.temperature_max,
+            f"loss.temperature ({self.temperature}) must lie between loss.temperature_min"
+            f" ({self.temperature_min}) and loss.temperature_max ({self.temperature_max}) to be"
+            f" learned",
+        )
         _require(0 <= self.symmetric <= 1, f"loss.symmetric ({self.symmetric}) must be in [0, 1]")
+        self._check_negatives()
+        self._check_teacher()
+        self._check_dims()
+        if self.kind == "sigmoid":
+            self._check_sigmoid()
+
+    def _check_negatives(self) -> None:
+        known = ("query_passage", "query_query", "passage_passage", "passage_query")
+        for name in self.negatives:
+            _one_of("loss.negatives", name, known)
+        _require(
+            "query_passage" in self.negatives and len(set(self.negatives)) == len(self.negatives),
+            f"loss.negatives ({self.negatives}) must hold query_passage, and each kind once",
+        )
+        margin, ratio = self.false_negative_margin, self.false_negative_ratio
+        _require(
+            margin is None or -2 <= margin <= 2,
+            f"loss.false_negative_margin ({margin}) is a difference of cosines, in [-2, 2]; null:"
+            f" none",
+        )
+        _require(
+            ratio is None or 0 < ratio <= 2,
+            f"loss.false_negative_ratio ({ratio}) must be in (0, 2]; null: none",
+        )
+        _require(
+            self.guide is None or margin is not None or ratio is not None,
+            "loss.guide needs loss.false_negative_margin (GISTEmbed: 0.0) or"
+            " loss.false_negative_ratio",
+        )
+        for key, top in (("label_smoothing", 1), ("debias", 1), ("hardness", math.inf)):
+            value = getattr(self, key)
+            _require(0 <= value < top, f"loss.{key} ({value}) must be in [0, {top})")
+        _require(
+            not (self.label_smoothing and (self.hardness or self.debias)),
+            "loss.label_smoothing has no published form together with loss.hardness or loss.debias;"
+            " set one of them to 0",
+        )
+
+    def _check_teacher(self) -> None:
+        _require(
+            0 <= self.teacher_weight <= 1,
+            f"loss.teacher_weight ({self.teacher_weight}) must be in [0, 1]",
+        )
+        _require(
+            self.teacher_temperature > 0,
+            f"loss.teacher_temperature ({self.teacher_temperature}) must be > 0",
+        )
+        _require(
+            (self.teacher is not None) == (self.teacher_weight > 0),
+            f"loss.teacher ({self.teacher}) and loss.teacher_weight ({self.teacher_weight}) go"
+            f" together: name a model and a weight in (0, 1], or neither",
+        )
+        _require(
+            self.guide is None or self.teacher is None or self.guide == self.teacher,
+            f"loss.guide ({self.guide}) and loss.teacher ({self.teacher}) must be the same model",
+        )
+
+    def _check_dims(self) -> None:
         _require(
             all(d > 0 for d in self.dims) and len(set(self.dims)) == len(self.dims),
             f"loss.dims ({self.dims}) must be distinct positive numbers",
@@ -125,6 +215,24 @@ class LossConfig:
             all(w > 0 for w in self.dim_weights),
             f"loss.dim_weights ({self.dim_weights}) must be > 0",
         )
+        _require(
+            0 <= self.dims_per_step <= len(self.dims),
+            f"loss.dims_per_step ({self.dims_per_step}) must be from 0 (all) to the number of"
+            f" loss.dims ({len(self.dims)})",
+        )
+
+    def _check_sigmoid(self) -> None:
+        default = LossConfig()
+        softmax_only = (
+            "symmetric", "negatives", "label_smoothing", "hardness", "debias", "guide", "teacher",
+            "false_negative_margin", "false_negative_ratio",
+        )  # fmt: skip
+        for key in softmax_only:
+            _require(
+                getattr(self, key) == getattr(default, key),
+                f"loss.{key} ({getattr(self, key)}) belongs to loss.kind=infonce; the sigmoid loss"
+                f" looks at each cell by itself",
+            )
 
 
 @dataclass
@@ -266,6 +374,9 @@ class RuntimeConfig:
     # auto | fp32 | bf16 (autocast over fp32 weights); auto: bf16 where the hardware has it
     precision: str = "auto"
     chunk_tokens: int = 4096  # tokens encoded at once; a CPU likes chunks that fit its cache
+    # MiB of autograd graphs kept between a step's two passes; what does not fit is encoded twice.
+    # null: a fixed share of the device's total memory (runtime/memory.py)
+    activation_budget_mib: float | None = None
     activation_checkpointing: bool = False
     compile: bool = False
     threads: int = 0  # CPU threads; 0: as torch chooses
@@ -274,6 +385,12 @@ class RuntimeConfig:
         _one_of("runtime.device", self.device, ("auto", "cpu", "cuda", "mps"))
         _one_of("runtime.precision", self.precision, ("auto", "fp32", "bf16"))
         _require(self.chunk_tokens > 0, f"runtime.chunk_tokens ({self.chunk_tokens}) must be > 0")
+        budget = self.activation_budget_mib
+        _require(
+            budget is None or 0 <= budget < math.inf,
+            f"runtime.activation_budget_mib ({budget}) must be >= 0 and finite; null: a share of the"
+            f" device's memory",
+        )
         _require(self.threads >= 0, f"runtime.threads ({self.threads}) must be >= 0")
 
 

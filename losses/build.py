@@ -6,14 +6,15 @@ from torch import nn
 
 from conf.schema import LossConfig
 from losses.infonce import InfoNCE
+from losses.sigmoid import Sigmoid
 
 log = logging.getLogger(__name__)
 
+KINDS = {"infonce": InfoNCE, "sigmoid": Sigmoid}
 
-def build_loss(c: LossConfig) -> nn.Module:
-    log.info(
-        "loss: InfoNCE in plain torch, temperature %g%s",
-        c.temperature,
-        " (learned)" if c.learn_temperature else "",
-    )
-    return InfoNCE(c)
+
+def build_loss(c: LossConfig, seed: int = 0) -> nn.Module:
+    """The loss module; `seed` draws the dims of a step where loss.dims_per_step asks for it."""
+    learned = " (learned)" if c.learn_temperature else ""
+    log.info("loss: %s in chunked torch, temperature %g%s", c.kind, c.temperature, learned)
+    return KINDS[c.kind](c, seed)

@@ -1,0 +1,412 @@
+"""Sums over a similarity matrix that is never whole in memory: the primitive under every loss.
+
+Shapes: B queries, N candidates, D embedding, M Matryoshka dims, c rows of a chunk, K relatives of
+a query at most, R (query, relative) cells, P (query, positive) pairs, E guide embedding.
+
+z[m, i, j] = scale * cos(q_i, p_j) over the first dims[m] features. A chunk of queries meets all
+candidates at once. Its product over the features up to dims[m] grows from segment to segment, so
+that all dims cost one sweep of the inner dimension; the backward computes each chunk again and
+pushes suffix sums of the dims' gradients through the same segments. The positive is never in a sum:
+docs/numerics.md says why.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Elements of one chunk's matrices: what a CPU's last cache holds; enough to fill a GPU.
+_CHUNK_ELEMENTS = {"cpu": 2**21, "cuda": 2**27}
+# Elements of z kept from the forward for the backward; what does not fit is computed again.
+_KEPT_ELEMENTS = {"cpu": 2**24, "cuda": 2**28}
+_EPS = 1e-12  # as F.normalize
+
+# What can be asked for, and the field of Sums that holds it.
+KINDS = {
+    "row": "row_MB",
+    "column": "column_MN",
+    "row_total": "row_total_MB",
+    "column_total": "column_total_MN",
+    "softplus": "softplus_MB",
+    "soft": "soft_MB",
+}
+
+
+@dataclass
+class Limits:
+    """False negatives by score: a cell counts only while its cosine is at most the limit.
+
+    row_MB, column_MN       limits of the sums over candidates and over queries; M may be 1 for the
+                            same limit at every dim
+    guide_q_BE, guide_p_NE  unit-norm embeddings whose cosine is compared; None: the model's own,
+                            dim by dim
+    """
+
+    row_MB: Tensor
+    column_MN: Tensor | None = None
+    guide_q_BE: Tensor | None = None
+    guide_p_NE: Tensor | None = None
+
+
+@dataclass
+class Teacher:
+    """Soft labels of a query: softmax over all candidates of q.p / temperature, by another model's
+    unit-norm embeddings."""
+
+    q_BE: Tensor
+    p_NE: Tensor
+    temperature: float
+
+
+@dataclass
+class Sums:
+    """What was asked for, else None. Counts and entropy carry no gradient.
+
+    row_MB, column_MN              log sum exp(z) over what counts in a row or column; -inf: nothing
+    row_total_MB, column_total_MN  sum of z over the same cells
+    row_count_MB, column_count_MN  number of the same cells (with the totals)
+    softplus_MB                    sum of softplus(z + bias) over what counts in a row
+    soft_MB                        sum over all candidates of the teacher's probability times z
+    entropy_B                      of the teacher's probabilities, in nats (with soft)
+    """
+
+    row_MB: Tensor | None = None
+    column_MN: Tensor | None = None
+    row_total_MB: Tensor | None = None
+    column_total_MN: Tensor | None = None
+    softplus_MB: Tensor | None = None
+    soft_MB: Tensor | None = None
+    row_count_MB: Tensor | None = None
+    column_count_MN: Tensor | None = None
+    entropy_B: Tensor | None = None
+
+
+def similarity_sums(
+    q_BD: Tensor,
+    p_ND: Tensor,
+    scale: Tensor,
+    *,
+    dims: Sequence[int] | None = None,
+    relatives_BK: Tensor | None = None,
+    limits: Limits | None = None,
+    want: Sequence[str] = ("row",),
+    bias: Tensor | None = None,
+    teacher: Teacher | None = None,
+    chunk: int | None = None,
+) -> Sums:
+    """Sums over the rows or columns of z, in O(chunk x N) memory, with any upstream gradient.
+
+    q_BD, p_ND    embeddings of any float dtype; computed in float32 (float64 for float64)
+    scale         1 / temperature, a scalar tensor
+    dims          ascending; a prefix shorter than D is normalised again; None: D alone
+    relatives_BK  columns that count in no sum but `soft`, int64, padded with -1
+    want          names out of KINDS
+    bias          a scalar tensor, for softplus
+    chunk         queries at once; None: by size and device; it changes rounding alone
+    Gradients reach q_BD, p_ND, scale and bias. Raises ValueError when shapes or dims disagree.
+    """
+    dims = [q_BD.shape[-1]] if dims is None else list(dims)
+    _check(q_BD, p_ND, dims, relatives_BK)
+    wide = torch.promote_types(q_BD.dtype, torch.float32)
+    with torch.autocast(q_BD.device.type, enabled=False):
+        q_BD, p_ND, scale = q_BD.to(wide), p_ND.to(wide), scale.to(wide)
+        job = _Job(dims, tuple(k for k in KINDS if k in want), scale.detach(), limits, teacher)
+        job.divide(q_BD, p_ND, relatives_BK, chunk)
+        row_factor_MB = scale * prefix_factors(q_BD, dims)
+        values = _Sweep.apply(q_BD, p_ND, row_factor_MB, prefix_factors(p_ND, dims), bias, job)
+    named = {KINDS[kind]: value for kind, value in zip(job.want, values, strict=True)}
+    return Sums(**named, **job.constants)
+
+
+def positive_scores(
+    q_BD: Tensor,
+    p_ND: Tensor,
+    scale: Tensor,
+    pair_query_P: Tensor,
+    pair_passage_P: Tensor,
+    *,
+    dims: Sequence[int] | None = None,
+) -> Tensor:
+    """z of single cells, (M, P): the other half of the primitive. Arguments as similarity_sums."""
+    dims = [q_BD.shape[-1]] if dims is None else list(dims)
+    wide = torch.promote_types(q_BD.dtype, torch.float32)
+    with torch.autocast(q_BD.device.type, enabled=False):
+        q_PD, p_PD = q_BD[pair_query_P].to(wide), p_ND[pair_passage_P].to(wide)
+        dot_MP = _prefix_sums(q_PD * p_PD, dims)
+        return dot_MP * prefix_factors(q_PD, dims) * prefix_factors(p_PD, dims) * scale.to(wide)
+
+
+def prefix_factors(x_nD: Tensor, dims: Sequence[int]) -> Tensor:
+    """1 / norm of each prefix, (M, n); 1 at the full width: the tower normalises it, or not."""
+    full = x_nD.new_ones(len(x_nD))
+    if list(dims) == [x_nD.shape[1]]:
+        return full[None]
+    norm_Mn = _prefix_sums(x_nD.square(), dims).clamp_min(_EPS**2).sqrt()
+    rows = [full if d == x_nD.shape[1] else 1 / n for d, n in zip(dims, norm_Mn, strict=True)]
+    return torch.stack(rows)
+
+
+def _prefix_sums(x_nD: Tensor, dims: Sequence[int]) -> Tensor:
+    """Sums of the first dims[m] features, (M, n)."""
+    return torch.stack([x_nD[:, lo:hi].sum(1) for lo, hi in _segments(dims)]).cumsum(0)
+
+
+def _segments(dims: Sequence[int]) -> list[tuple[int, int]]:
+    return list(zip([0, *dims[:-1]], dims, strict=True))
+
+
+def _check(q_BD: Tensor, p_ND: Tensor, dims: list[int], relatives_BK: Tensor | None) -> None:
+    if q_BD.ndim != 2 or p_ND.ndim != 2 or q_BD.shape[1] != p_ND.shape[1]:
+        raise ValueError(
+            f"similarity_sums: q {tuple(q_BD.shape)}, p {tuple(p_ND.shape)}; want (B, D), (N, D)"
+        )
+    if dims != sorted(set(dims)) or not 0 < dims[0] <= dims[-1] <= q_BD.shape[1]:
+        raise ValueError(f"similarity_sums: dims {dims} must ascend from 1 to {q_BD.shape[1]}")
+    if relatives_BK is not None and len(relatives_BK) != len(q_BD):
+        raise ValueError(
+            f"similarity_sums: relatives of {len(relatives_BK)} queries, want {len(q_BD)}"
+        )
+
+
+@dataclass
+class _Job:
+    """What a sweep does, and the parts of it that carry no gradient."""
+
+    dims: list[int]
+    want: tuple[str, ...]
+    scale: Tensor
+    limits: Limits | None
+    teacher: Teacher | None
+    constants: dict[str, Tensor] = field(default_factory=dict)
+    spans: list[tuple[int, int]] = field(default_factory=list)
+    cells: list[tuple[Tensor, Tensor] | None] = field(default_factory=list)
+
+    def divide(
+        self, q_BD: Tensor, p_ND: Tensor, relatives_BK: Tensor | None, chunk: int | None
+    ) -> None:
+        """Cut the rows into chunks and sort the relatives by chunk (one device sync)."""
+        B, M = len(q_BD), len(self.dims)
+        if chunk is None:
+            elements = _CHUNK_ELEMENTS.get(q_BD.device.type, 2**21)
+            chunk = max(128, elements // max(1, len(p_ND) * (M if M == 1 else M + 1)))
+        self.spans = [(lo, min(lo + chunk, B)) for lo in range(0, B, chunk)]
+        self.cells = [None] * len(self.spans)
+        if relatives_BK is not None and self.spans:
+            row_R, slot_R = (relatives_BK >= 0).nonzero(as_tuple=True)
+            column_R = relatives_BK[row_R, slot_R]
+            edges = row_R.new_tensor([lo for lo, _ in self.spans] + [B])
+            ends = torch.searchsorted(row_R, edges).tolist()
+            self.cells = [
+                (row_R[a:b] - lo, column_R[a:b])
+                for (lo, _), a, b in zip(self.spans, ends[:-1], ends[1:], strict=True)
+            ]
+
+    def chunks(self) -> Iterator["_Chunk"]:
+        for (lo, hi), cells in zip(self.spans, self.cells, strict=True):
+            yield _Chunk(self, slice(lo, hi), cells)
+
+
+class _Chunk:
+    """The rows `at` of the matrix: what is left out there, and the teacher's opinion."""
+
+    def __init__(self, job: _Job, at: slice, cells: tuple[Tensor, Tensor] | None):
+        self.job, self.at, self.cells = job, at, cells
+        limits, teacher = job.limits, job.teacher
+        self.guide_cN = self.label_cN = None
+        if limits is not None and limits.guide_q_BE is not None:
+            self.guide_cN = limits.guide_q_BE[at] @ limits.guide_p_NE.T
+        if teacher is not None:
+            score_cN = teacher.q_BE[at] @ teacher.p_NE.T
+            self.label_cN = torch.softmax(score_cN / teacher.temperature, 1)
+
+    def leave_out(self, x_cN: Tensor, z_cN: Tensor, m: int, axis: str, value: float) -> Tensor:
+        """Write `value` into the cells of x_cN that do not count in sums along `axis`; in place.
+
+        The forward and the backward must judge the same z: computed alike, it is equal bit for bit.
+        """
+        if self.cells is not None:
+            x_cN[self.cells] = value
+        limits = self.job.limits
+        if limits is not None:
+            if axis == "row":
+                limit = limits.row_MB[m % len(limits.row_MB), self.at, None]
+            else:
+                limit = limits.column_MN[m % len(limits.column_MN), None]
+            if self.guide_cN is not None:
+                x_cN.masked_fill_(self.guide_cN > limit, value)
+            else:
+                x_cN.masked_fill_(z_cN > limit * self.job.scale, value)
+        return x_cN
+
+
+def _planes(
+    q_cD: Tensor, p_ND: Tensor, row_Mc: Tensor, column_MN: Tensor, dims: list[int]
+) -> Iterator[Tensor]:
+    """z of a chunk for one dim after the other, (c, N)."""
+    if len(dims) == 1:
+        d = dims[0]
+        p_Nd = p_ND if d == p_ND.shape[1] else p_ND[:, :d] * column_MN[0, :, None]
+        yield (q_cD[:, :d] * row_Mc[0, :, None]) @ p_Nd.T
+        return
+    dot_cN = q_cD.new_zeros(len(q_cD), len(p_ND))
+    for m, (lo, hi) in enumerate(_segments(dims)):
+        dot_cN.addmm_(q_cD[:, lo:hi], p_ND[:, lo:hi].T)
+        yield (dot_cN * row_Mc[m, :, None]).mul_(column_MN[m])
+
+
+class _Sweep(torch.autograd.Function):
+    """One pass over the chunks forward, one backward. z = row_factor * column_factor * dot.
+
+    With G = dL/dz, W = row_factor * column_factor * G of each dim, and suffix sums over the dims
+    from a segment's own upwards: dL/dq[segment] = W p[segment], dL/dp[segment] = W^T q[segment],
+    dL/drow_factor = sum_j G z / row_factor, and so for columns.
+    """
+
+    @staticmethod
+    def forward(ctx, q_BD, p_ND, row_MB, column_MN, bias, job: _Job):
+        M, B, N = len(job.dims), len(q_BD), len(p_ND)
+        out = {kind: q_BD.new_zeros(M, N if kind.startswith("column") else B) for kind in job.want}
+        top_MN = None
+        if "column" in job.want:
+            top_MN = q_BD.new_full((M, N), -math.inf)
+        counts = {kind: torch.zeros_like(out[kind]) for kind in job.want if "total" in kind}
+        entropy_B = q_BD.new_zeros(B)
+        kept, room = {}, _KEPT_ELEMENTS.get(q_BD.device.type, 2**24)
+        for chunk in job.chunks():
+            at = chunk.at
+            if chunk.label_cN is not None:
+                entropy_B[at] = torch.special.entr(chunk.label_cN).sum(1)
+            planes = _planes(q_BD[at], p_ND, row_MB[:, at], column_MN, job.dims)
+            for m, z_cN in enumerate(planes):
+                if z_cN.numel() <= room and any(ctx.needs_input_grad):
+                    kept[at.start, m] = z_cN
+                    room -= z_cN.numel()
+                if "soft" in out:
+                    out["soft"][m, at] = (chunk.label_cN * z_cN).sum(1)
+                if "softplus" in out:
+                    x_cN = F.softplus(z_cN + bias, threshold=40)
+                    out["softplus"][m, at] = chunk.leave_out(x_cN, z_cN, m, "row", 0.0).sum(1)
+                for axis, dim in (("row", 1), ("column", 0)):
+                    if f"{axis}_total" in out:
+                        kept_cN = chunk.leave_out(torch.ones_like(z_cN), z_cN, m, axis, 0.0)
+                        place = (m, at) if axis == "row" else (m,)
+                        counts[f"{axis}_total"][place] += kept_cN.sum(dim)
+                        out[f"{axis}_total"][place] += kept_cN.mul_(z_cN).sum(dim)
+                if "column" in out:
+                    x_cN = chunk.leave_out(z_cN.clone(), z_cN, m, "column", -math.inf)
+                    _add_exp(out["column"][m], top_MN[m], x_cN)
+                if "row" in out:
+                    x_cN = chunk.leave_out(z_cN.clone(), z_cN, m, "row", -math.inf)
+                    top_c = _finite(x_cN.amax(1))
+                    sum_c = x_cN.sub_(top_c[:, None]).exp_().sum(1)
+                    out["row"][m, at] = sum_c.log_().add_(top_c)
+        if "column" in out:
+            out["column"].log_().add_(_finite(top_MN))
+        if job.teacher is not None:
+            job.constants["entropy_B"] = entropy_B
+        for kind, count in counts.items():
+            job.constants[KINDS[kind].replace("total", "count")] = count
+        ctx.save_for_backward(q_BD, p_ND, row_MB, column_MN, bias)
+        ctx.job, ctx.kept = job, kept
+        ctx.log_sums = {k: _finite(out[k]) for k in ("row", "column") if k in out}
+        return tuple(out[kind] for kind in job.want)
+
+    @staticmethod
+    def backward(ctx, *upstream):
+        q_BD, p_ND, row_MB, column_MN, bias = ctx.saved_tensors
+        job, dims = ctx.job, ctx.job.dims
+        up = {kind: grad for kind, grad in zip(job.want, upstream, strict=True) if grad is not None}
+        grad_q_BD, grad_p_ND = torch.zeros_like(q_BD), torch.zeros_like(p_ND)
+        grad_row_MB, grad_column_MN = torch.zeros_like(row_MB), torch.zeros_like(column_MN)
+        grad_bias = None if bias is None else torch.zeros_like(bias)
+        for chunk in job.chunks():
+            at, w_planes = chunk.at, []
+            q_cD = q_BD[at]
+            planes = [ctx.kept.get((at.start, m)) for m in range(len(dims))]
+            if any(z_cN is None for z_cN in planes):
+                planes = _planes(q_cD, p_ND, row_MB[:, at], column_MN, dims)
+            for m, z_cN in enumerate(planes):
+                g_cN = _gradient(chunk, m, z_cN, up, ctx.log_sums, bias, grad_bias)
+                if len(dims) == 1:
+                    w_planes.append(g_cN)
+                    break
+                gz_cN = z_cN * g_cN
+                grad_row_MB[m, at] = gz_cN.sum(1) / row_MB[m, at]
+                grad_column_MN[m] += gz_cN.sum(0)
+                w_planes.append(g_cN.mul_(row_MB[m, at, None]).mul_(column_MN[m]))
+            if len(dims) == 1:
+                _emit_one(q_cD, p_ND, row_MB[0, at], column_MN[0], dims[0], w_planes.pop(),
+                          grad_q_BD[at], grad_p_ND, grad_row_MB[0, at])  # fmt: skip
+                continue
+            suffix_cN = None
+            for lo, hi in reversed(_segments(dims)):
+                w_cN = w_planes.pop()
+                suffix_cN = w_cN if suffix_cN is None else suffix_cN.add_(w_cN)
+                torch.mm(suffix_cN, p_ND[:, lo:hi], out=grad_q_BD[at, lo:hi])
+                grad_p_ND[:, lo:hi].addmm_(suffix_cN.T, q_cD[:, lo:hi])
+        if len(dims) == 1:
+            grad_column_MN[0] = (grad_p_ND * p_ND).sum(1) / column_MN[0]
+        else:
+            grad_column_MN /= column_MN
+        return grad_q_BD, grad_p_ND, grad_row_MB, grad_column_MN, grad_bias, None
+
+
+def _gradient(
+    chunk: _Chunk,
+    m: int,
+    z_cN: Tensor,
+    up: dict[str, Tensor],
+    log_sums: dict[str, Tensor],
+    bias: Tensor | None,
+    grad_bias: Tensor | None,
+) -> Tensor:
+    """G = dL/dz of a chunk at one dim, (c, N), from the sums' gradients; adds to grad_bias."""
+    total_cN = None
+    for kind, grad in up.items():
+        axis = "column" if kind.startswith("column") else "row"
+        grad = grad[m] if axis == "column" else grad[m, chunk.at, None]
+        if kind == "soft":
+            g_cN = chunk.label_cN * grad
+        else:
+            if kind in log_sums:
+                base = log_sums[kind][m] if axis == "column" else log_sums[kind][m, chunk.at, None]
+                g_cN = (z_cN - base).exp_().mul_(grad)
+            elif kind == "softplus":
+                g_cN = torch.sigmoid(z_cN + bias).mul_(grad)
+            else:
+                g_cN = grad.expand_as(z_cN).clone()
+            chunk.leave_out(g_cN, z_cN, m, axis, 0.0)
+            if kind == "softplus":
+                grad_bias += g_cN.sum()
+        total_cN = g_cN if total_cN is None else total_cN.add_(g_cN)
+    return torch.zeros_like(z_cN) if total_cN is None else total_cN
+
+
+def _emit_one(q_cD, p_ND, row_c, column_N, d, g_cN, grad_q_cD, grad_p_ND, grad_row_c) -> None:
+    """The gradients of a single dim, in place: the factors meet embeddings, not matrices."""
+    is_full = d == p_ND.shape[1]
+    p_Nd = p_ND if is_full else p_ND[:, :d] * column_N[:, None]
+    grad_cd = g_cN @ p_Nd
+    grad_row_c += (grad_cd * q_cD[:, :d]).sum(1)
+    grad_q_cD[:, :d] = grad_cd.mul_(row_c[:, None])
+    scaled_cd = q_cD[:, :d] * row_c[:, None]
+    if is_full:
+        grad_p_ND.addmm_(g_cN.T, scaled_cd)
+    else:
+        grad_p_ND[:, :d] += (g_cN.T @ scaled_cd).mul_(column_N[:, None])
+
+
+def _add_exp(sum_N: Tensor, top_N: Tensor, x_cN: Tensor) -> None:
+    """Add exp(x) of a chunk to running sums kept relative to the running maximum; in place."""
+    new_N = torch.maximum(top_N, x_cN.amax(0))
+    base_N = _finite(new_N)
+    sum_N.mul_((top_N - base_N).exp_()).add_(x_cN.sub_(base_N).exp_().sum(0))
+    top_N.copy_(new_N)
+
+
+def _finite(x: Tensor) -> Tensor:
+    """-inf (the log-sum of nothing) as 0, so that x - x is no nan."""
+    return x.masked_fill(x == -math.inf, 0.0)
