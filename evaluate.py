@@ -132,8 +132,7 @@ def evaluate_model(
 
         hits = {"bm25": bm25_hits(data, c.top_k)}
     else:
-        from evals.encode import encode
-        from evals.retrieval import distinct
+        from evals.retrieval import encode_sets
         from models.pretrained import load_towers
         from runtime.device import keep_freed_memory, pick_device
 
@@ -147,14 +146,9 @@ def evaluate_model(
         keep_freed_memory()
         device = pick_device(c.device)
         towers = towers.to(device)
+        sets = {data.name: data}
         options = {"precision": c.encode_precision, "batch_tokens": c.batch_tokens}
-        sides = {}
-        for side, texts in (("query", data.query_texts), ("passage", data.doc_texts)):
-            # each text once: copies get the same bits, so that their order is the total order's
-            some, index = distinct(texts)
-            label = "queries" if side == "query" else "documents"
-            sides[side] = encode(towers, some, side, progress=label, **options)[index]
-        q_QD, p_ND = sides["query"], sides["passage"]
+        q_QD, p_ND = encode_sets(towers, sets, progress="encode", **options)[data.name]
         order_N = descending_ids(data.doc_ids)
         dims = sorted(set(c.dims), reverse=True) or [towers.width]
         hits = {
@@ -170,9 +164,8 @@ def evaluate_model(
 
 
 def counterpart(label: str, other: System, dims_were_asked: bool) -> str:
-    """The label of
-    `other` that `label` is compared with: the same dim; else its only one, or its full width.
-    """
+    """The label of `other` that `label` is compared with: the same dim; else its only one, or its
+    full width."""
     if label in other.metrics:
         return label
     dims = [theirs for theirs in other.metrics if theirs != "bm25"]

@@ -42,9 +42,8 @@ def compare_values(
     *,
     seed: int = 0,
 ) -> dict[str, dict[str, Any]]:
-    """As compare(), from query ids and per-query values; the two
-    may list their queries in another order.
-    """
+    """As compare(), from query ids and per-query values; the two may list their queries in another
+    order."""
     if set(a_ids) != set(b_ids):
         only_a, only_b = sorted(set(a_ids) - set(b_ids)), sorted(set(b_ids) - set(a_ids))
         raise ValueError(

@@ -42,11 +42,13 @@ def encode_sets(
     *,
     prompts: Prompts | None = None,
     precision: str = "auto",
+    batch_tokens: int = 0,
     progress: str = "",
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Set name -> (q_QD, p_ND); a text that several sets share under one prompt is encoded once.
 
     prompts  (query, passage) prompt of each set; None, or a set left out: the model's own
+    Equal texts get equal bits, so that their order is the total order's. Other arguments: encode.
     """
     embedded: dict[str, dict[str, np.ndarray]] = {name: {} for name in sets}
     for at, side in enumerate(("query", "passage")):
@@ -57,7 +59,10 @@ def encode_sets(
             texts = [sets[n].query_texts if side == "query" else sets[n].doc_texts for n in names]
             some, index = distinct([t for part in texts for t in part])
             label = f"{progress} {side}" if progress else ""
-            all_D = encode(towers, some, side, precision=precision, progress=label, prompt=prompt)
+            all_D = encode(
+                towers, some, side, precision=precision, batch_tokens=batch_tokens, progress=label,
+                prompt=prompt,
+            )  # fmt: skip
             ends = np.cumsum([len(part) for part in texts])
             for name, end, part in zip(names, ends, texts, strict=True):
                 embedded[name][side] = all_D[index[end - len(part) : end]]

@@ -132,9 +132,8 @@ class StoredDocs:
 
 
 def truncate(x_ND: Tensor, dim: int) -> Tensor:
-    """First `dim` components at unit length; unchanged at the full
-    width. A zero vector stays zero.
-    """
+    """First `dim` components at unit length; unchanged at the full width. A zero vector stays
+    zero."""
     if dim == x_ND.shape[1]:
         return x_ND
     x_Nd = x_ND[:, :dim].contiguous()

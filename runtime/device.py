@@ -57,9 +57,8 @@ def keep_freed_memory() -> None:
     system.
 
     By default every large tensor is mapped and unmapped anew, and the page faults cost more than
-    the arithmetic of
-    element-wise layers (docs/numerics.md has the measurement). No effect on results; nothing but
-    Linux has it.
+    the arithmetic of element-wise layers (docs/numerics.md has the measurement). No effect on
+    results; nothing but Linux has it.
     """
     if not sys.platform.startswith("linux"):
         return

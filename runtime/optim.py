@@ -38,8 +38,7 @@ def decay_groups(model: nn.Module, loss_fn: nn.Module, c: OptimConfig) -> list[d
     parameters do not.
 
     With layer_decay < 1 a layer's rate falls by that factor for each layer above it, the
-    embeddings' lowest
-    (Clark et al. 2020, ELECTRA, appendix A).
+    embeddings' lowest (Clark et al. 2020, ELECTRA, appendix A).
     """
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     depth = 1 + max((_layer_number(n) for n, _ in model.named_parameters()), default=0)
