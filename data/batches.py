@@ -1,8 +1,9 @@
 """One optimiser step's worth of texts, as token ids and index vectors; a pure function of (seed,
 step, rank, world).
 
-Shapes: E examples, P (query, positive) pairs, B distinct queries of a rank, N distinct passages of
-a rank, K known relatives at most; numbers of passages are columns over all ranks.
+Shapes: E examples, P (query, positive) pairs, A distinct queries of all ranks, B of a rank, N
+distinct passages of a rank, K known relatives at most; numbers of passages are columns over all
+ranks.
 """
 
 import math
@@ -18,6 +19,7 @@ from data.tokens import TokenStore
 
 # streams of random numbers drawn from one seed
 _ORDER, _SCHEDULE, _NEGATIVES = 0, 1, 2
+_BLOCK_PAIRS = 1 << 22  # pairs of related queries looked at together: 100 MiB
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,14 @@ class Batch:
     passage_offset                column of passage_tokens[0]
     query_prompt_tokens_B, passage_prompt_tokens_N   leading tokens left out of pooling, int32
     example_ids                   ids of this rank's examples, read when looked at
+    query_offset                  number of query_tokens[0] among the queries of all ranks
+    num_queries_global            queries of all ranks; None: of this rank alone
+    query_relatives_BK            queries of all ranks that are never negatives of the query: itself
+                                  and whatever shares an answer with it, TrainStore.query_relatives;
+                                  padded with -1. None: not asked for
+    query_numbers_A, passage_numbers_N   of all ranks' queries and passages in the TrainStore, for
+                                  what is known of them beforehand (data/teacher.py), int64; None in
+                                  a batch that no store made
     """
 
     query_tokens: list[np.ndarray]
@@ -50,6 +60,15 @@ class Batch:
     query_prompt_tokens_B: np.ndarray
     passage_prompt_tokens_N: np.ndarray
     example_ids: Sequence[str]
+    query_offset: int = 0
+    num_queries_global: int | None = None
+    query_relatives_BK: np.ndarray | None = None
+    query_numbers_A: np.ndarray | None = None
+    passage_numbers_N: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        if self.num_queries_global is None:
+            object.__setattr__(self, "num_queries_global", len(self.query_tokens))
 
     @property
     def num_tokens(self) -> int:
@@ -106,6 +125,8 @@ class TrainSet:
     labels                    id and place of each example, for messages
     weight                    relative share among several sets
     *_skip                    leading tokens of every text that pooling leaves out
+    query_texts, passage_texts    the texts themselves by number, without prompts
+    query_digest, passage_digest  of all of them in order
     """
 
     name: str
@@ -122,6 +143,10 @@ class TrainSet:
     passage_skip: int = 0
     query_prompt: str = ""
     passage_prompt: str = ""
+    query_texts: Sequence[str] = ()
+    passage_texts: Sequence[str] = ()
+    query_digest: str = ""
+    passage_digest: str = ""
 
 
 @dataclass
@@ -179,10 +204,35 @@ class TrainStore:
             batch_size=c.optim.batch_size,
             seed=c.seed,
             max_negatives=c.data.max_negatives,
+            query_relatives=c.loss.query_negatives,
             steps=total_steps,
             rank=rank,
             world=world,
         )
+
+    def texts_used(self) -> tuple[np.ndarray, np.ndarray]:
+        """Sorted numbers of the queries and of the passages that batches can hold: those of the
+        examples kept, and of twins the first.
+        """
+        passages = [self._positives.values, self._negatives.values]
+        query_E = self._query_E
+        if any(k is not None for k in self.kept):
+            example_E = np.concatenate(
+                [
+                    base + (np.arange(len(s.query_E)) if k is None else k)
+                    for s, k, base in zip(
+                        self.sets, self.kept, self._example_base[:-1], strict=True
+                    )
+                ]
+            )
+            query_E = query_E[example_E]
+            passages = [self._positives.take(example_E)[0], self._negatives.take(example_E)[0]]
+        is_query = np.zeros(len(self._query_twin), bool)
+        is_query[self._query_twin[query_E]] = True
+        is_passage = np.zeros(len(self._passage_twin), bool)
+        for numbers in passages:
+            is_passage[self._passage_twin[numbers]] = True
+        return np.flatnonzero(is_query), np.flatnonzero(is_passage)
 
     def label(self, example: int) -> str:
         part = int(np.searchsorted(self._example_base, example, side="right")) - 1
@@ -233,11 +283,38 @@ class TrainStore:
             row = np.concatenate([row, np.full(len(hits), b)])
             column = np.concatenate([column, hits])
         order = np.lexsort((column, row))
-        row, column = row[order], column[order]
-        count_B = np.bincount(row, minlength=len(query_B))
-        relatives_BK = np.full((len(query_B), max(1, int(count_B.max(initial=0)))), -1, np.int64)
-        relatives_BK[row, np.arange(len(row)) - (np.cumsum(count_B) - count_B)[row]] = column
-        return relatives_BK
+        return _padded(row[order], column[order], len(query_B))
+
+    def query_relatives(self, query_A: np.ndarray, low: int, high: int) -> np.ndarray:
+        """query_relatives_BK of queries low ... high - 1 among all of query_A, numbers in this
+        store.
+
+        Two queries are relatives when a text is a relative of both: an answer that they share, the
+        text of one that answers the other, or the text that both are (with different prompts).
+        """
+        content_R, owner_R = self._relatives.take(self._query_content[query_A])
+        order_R = np.argsort(content_R, kind="stable")
+        content_R, owner_R = content_R[order_R], owner_R[order_R]
+        first_R = np.searchsorted(content_R, content_R, side="left")
+        count_R = np.searchsorted(content_R, content_R, side="right") - first_R
+        # most texts are relatives of one query alone
+        is_shared_R = (count_R > 1) & (owner_R >= low) & (owner_R < high)
+        shared = np.flatnonzero(is_shared_R)
+        shared = shared[np.argsort(owner_R[shared], kind="stable")]
+        itself = np.arange(high - low)
+        keys = [itself * len(query_A) + itself + low]
+        # queries that share many answers are found as often; in blocks, so that memory follows the
+        # result
+        ends = np.cumsum(count_R[shared])
+        cuts = np.arange(_BLOCK_PAIRS, ends[-1], _BLOCK_PAIRS) if len(ends) else ()
+        for block in np.split(shared, np.searchsorted(ends, cuts)):
+            count = count_R[block]
+            before = np.cumsum(count) - count
+            at = np.arange(count.sum()) + np.repeat(first_R[block] - before, count)
+            row = np.repeat(owner_R[block] - low, count)
+            keys.append(np.unique(row * len(query_A) + owner_R[at]))
+        row, column = np.divmod(np.unique(np.concatenate(keys)), max(1, len(query_A)))
+        return _padded(row, column, high - low)
 
     def query_tokens(self, numbers: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
         """(token ids, tokens left out of pooling) of queries by number."""
@@ -252,9 +329,10 @@ class TrainStore:
 class Batches:
     """batch_at(step) for any step in any order; iterating gives steps 0, 1, ... up to `steps`.
 
-    batch_size     examples a step, over all ranks
-    max_negatives  own negatives an example and step, drawn anew each epoch; None: all
-    steps          where iteration ends; None: never
+    batch_size       examples a step, over all ranks
+    max_negatives    own negatives an example and step, drawn anew each epoch; None: all
+    query_relatives  whether batches say which queries are no negatives of each other
+    steps            where iteration ends; None: never
     """
 
     def __init__(
@@ -264,6 +342,7 @@ class Batches:
         batch_size: int,
         seed: int,
         max_negatives: int | None = None,
+        query_relatives: bool = False,
         steps: int | None = None,
         rank: int = 0,
         world: int = 1,
@@ -271,6 +350,7 @@ class Batches:
         if not 0 <= rank < world:
             raise ValueError(f"rank ({rank}) must be in [0, world), world is {world}")
         self.store, self.seed, self.max_negatives = store, seed, max_negatives
+        self.query_relatives = query_relatives
         self.steps, self.rank, self.world = steps, rank, world
         self.plan = _Plan.of(store, batch_size, seed=seed)
 
@@ -292,16 +372,16 @@ class Batches:
         query_E, positive_P, owner_P, negative_M = self._texts(step, example_E)
         # distinct texts in order of first use; every rank finds the same, then takes its own
         # stretch
-        query_B, row_E = _first_use(query_E)
+        query_A, row_E = _first_use(query_E)
         column_N, index = _first_use(np.concatenate([positive_P, negative_M]))
         column_P = index[: len(positive_P)]
-        low_b, high_b = self._stretch(store._query_length[query_B])
+        low_b, high_b = self._stretch(store._query_length[query_A])
         low_n, high_n = self._stretch(store._passage_length[column_N])
         row_P = row_E[owner_P]
         mine_P = (row_P >= low_b) & (row_P < high_b)
         mine_E = (row_E >= low_b) & (row_E < high_b)
         weight_P = (1.0 / np.bincount(owner_P, minlength=len(example_E)))[owner_P]
-        query_tokens, query_skip_B = store.query_tokens(query_B[low_b:high_b])
+        query_tokens, query_skip_B = store.query_tokens(query_A[low_b:high_b])
         passage_tokens, passage_skip_N = store.passage_tokens(column_N[low_n:high_n])
         return Batch(
             query_tokens=query_tokens,
@@ -309,7 +389,7 @@ class Batches:
             pair_query_P=row_P[mine_P] - low_b,
             pair_passage_P=column_P[mine_P],
             pair_weight_P=weight_P[mine_P].astype(np.float32),
-            relatives_BK=store.relatives(query_B[low_b:high_b], column_N),
+            relatives_BK=store.relatives(query_A[low_b:high_b], column_N),
             num_examples=int(mine_E.sum()),
             num_examples_global=len(example_E),
             passage_offset=low_n,
@@ -317,6 +397,13 @@ class Batches:
             query_prompt_tokens_B=query_skip_B,
             passage_prompt_tokens_N=passage_skip_N,
             example_ids=_Labels(store, example_E[mine_E]),
+            query_offset=low_b,
+            num_queries_global=len(query_A),
+            query_relatives_BK=(
+                store.query_relatives(query_A, low_b, high_b) if self.query_relatives else None
+            ),
+            query_numbers_A=query_A,
+            passage_numbers_N=column_N,
         )
 
     def _texts(
@@ -362,6 +449,7 @@ def batches(
     epochs: float | None = None,
     start_step: int = 0,
     max_negatives: int | None = None,
+    query_relatives: bool = False,
     rank: int = 0,
     world: int = 1,
 ) -> Iterator[Batch]:
@@ -373,6 +461,7 @@ def batches(
         batch_size=batch_size,
         seed=seed,
         max_negatives=max_negatives,
+        query_relatives=query_relatives,
         steps=steps,
         rank=rank,
         world=world,
@@ -531,6 +620,14 @@ def _first_use(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     number = np.empty(len(order), np.int64)
     number[order] = np.arange(len(order))
     return distinct[order], number[inverse]
+
+
+def _padded(row: np.ndarray, column: np.ndarray, num_rows: int) -> np.ndarray:
+    """(num_rows, K) int64: the columns of each row in the order given, then -1; `row` ascends."""
+    count_B = np.bincount(row, minlength=num_rows)
+    out_BK = np.full((num_rows, max(1, int(count_B.max(initial=0)))), -1, np.int64)
+    out_BK[row, np.arange(len(row)) - (np.cumsum(count_B) - count_B)[row]] = column
+    return out_BK
 
 
 def _bases(sizes: Sequence[int]) -> np.ndarray:

@@ -1,9 +1,9 @@
 """Folders that are built once, by content: written aside, synced, renamed, checked whenever they
 are opened.
 
-What lies under data.cache_dir: tokens-*/ (data/tokens.py) and set-*/ (data/datasets.py), each with
-a meta.json that holds the size and digest of every other file. All of it can be deleted at any
-time.
+What lies under data.cache_dir: tokens-*/ (data/tokens.py), set-*/ (data/datasets.py) and guide-*/
+(data/teacher.py), each with a meta.json that holds the size and digest of every other file. All of
+it can be deleted at any time.
 """
 
 import contextlib
@@ -184,7 +184,8 @@ class Strings(Sequence[str]):
     """Texts on disk: <name>.bin (UTF-8, end to end) and <name>.offsets.npy, memory-mapped."""
 
     def __init__(self, folder: Path, name: str) -> None:
-        self._offsets = np.load(folder / f"{name}.offsets.npy")
+        offsets = np.load(folder / f"{name}.offsets.npy", mmap_mode="r")
+        self._offsets = offsets.view(np.ndarray)  # as below
         path = folder / f"{name}.bin"
         # an empty file cannot be mapped
         mapped = np.memmap(path, np.uint8, "r") if path.stat().st_size else np.zeros(0, np.uint8)

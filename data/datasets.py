@@ -533,11 +533,12 @@ def _train_set(
     query_prompt = spec.query_prompt if source.query_prompt is None else source.query_prompt
     passage_prompt = spec.passage_prompt if source.passage_prompt is None else source.passage_prompt
 
+    texts = {side: Strings(folder, side) for side in ("queries", "passages")}
+
     def tokens(side: str, tokenizer: Tokenizer, prompt: str, max_length: int) -> TokenStore:
-        texts = Strings(folder, side)
         return open_token_store(
-            lambda: texts,
-            num_texts=len(texts),
+            lambda: texts[side],
+            num_texts=len(texts[side]),
             texts_digest=info["digests"][side],
             tokenizer=tokenizer,
             prompt=prompt,
@@ -569,6 +570,10 @@ def _train_set(
         passage_skip=0 if spec.prompt_in_pooling else passages.num_prompt_tokens,
         query_prompt=query_prompt,
         passage_prompt=passage_prompt,
+        query_texts=texts["queries"],
+        passage_texts=texts["passages"],
+        query_digest=info["digests"]["queries"],
+        passage_digest=info["digests"]["passages"],
     )
 
 

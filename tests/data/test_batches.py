@@ -1,13 +1,16 @@
 """Batches against plain Python: coverage, ranks, relatives, negatives, position."""
 
+import dataclasses
 import itertools
 import time
+import tracemalloc
 from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from conf.schema import LossConfig, OptimConfig, TrainConfig
 from data.batches import Batches, Ragged, TrainSet, TrainStore, batches, chunks
 from data.records import content_hash
 from data.tokens import TokenStore
@@ -175,6 +178,147 @@ def test_relatives_equal_a_search_through_all_the_data(num_texts):
     assert seen_wide or num_texts < 40
 
 
+def brute_query_relatives(all_examples, query: str, others: list[str]) -> list[int]:
+    answers: dict[str, set[str]] = {}
+    for q, positives, _ in all_examples:
+        answers.setdefault(q, set()).update(positives)
+    mine = answers[query]
+    return [
+        i
+        for i, other in enumerate(others)
+        if other == query or other in mine or query in answers[other] or mine & answers[other]
+    ]
+
+
+@pytest.mark.parametrize("num_texts", [12, 60, 600])
+@pytest.mark.parametrize("block_pairs", [None, 7])
+def test_query_relatives_equal_a_search_through_all_the_data(num_texts, block_pairs, monkeypatch):
+    """An answer that two queries share may be a positive of neither in this batch; texts are equal
+    across sides and sets; with blocks of 7 pairs a query's relatives are found in several."""
+    if block_pairs:
+        monkeypatch.setattr("data.batches._BLOCK_PAIRS", block_pairs)
+    one = some_examples(90, seed=5, num_texts=num_texts)
+    two = some_examples(50, seed=6, num_texts=num_texts)
+    sets = [
+        train_set(one, name="one", query_prompt="q: ", passage_prompt="p: "),
+        train_set(two, name="two", first=10_000),
+    ]
+    store = TrainStore(sets)
+    outside = same_text = 0
+    for batch_size, world in ((1, 1), (5, 3), (33, 2), (140, 1)):
+        for step in range(store.steps_per_epoch(batch_size)):
+            parts = [
+                Batches(
+                    store,
+                    batch_size=batch_size,
+                    seed=0,
+                    query_relatives=True,
+                    rank=r,
+                    world=world,
+                ).batch_at(step)
+                for r in range(world)
+            ]
+            numbers = [number_of(t) for p in parts for t in p.query_tokens]
+            texts = [sets[n >= 10_000].queries.texts[n % 10_000] for n in numbers]
+            same_text += len(set(texts)) < len(texts)
+            row = 0
+            for part in parts:
+                assert (part.query_offset, part.num_queries_global) == (row, len(texts))
+                assert part.query_relatives_BK.dtype == np.int64
+                assert len(part.query_relatives_BK) == len(part.query_tokens)
+                for found in part.query_relatives_BK.tolist():
+                    wanted = brute_query_relatives(one + two, texts[row], texts)
+                    assert found[: len(wanted)] == wanted and set(found[len(wanted) :]) <= {-1}
+                    outside += any(not part.query_offset <= j for j in wanted)
+                    row += 1
+            assert row == len(texts)
+    assert outside, "relatives on other ranks were tried"
+    assert same_text or num_texts == 600, "equal queries with different prompts were tried"
+
+
+def test_query_relatives_come_when_asked_for():
+    """The setting of the loss switches them on; nothing else in the batch changes."""
+    store = TrainStore([train_set(some_examples(30, seed=1))])
+
+    def first(**loss):
+        c = TrainConfig(loss=LossConfig(**loss), optim=OptimConfig(batch_size=16))
+        return store.batches(c).batch_at(0)
+
+    without, asked = first(), first(negatives=["query_passage", "query_query"])
+    assert without.query_relatives_BK is None
+    assert asked.query_relatives_BK is not None
+    assert_equal(dataclasses.replace(asked, query_relatives_BK=None), without)
+
+
+def test_queries_that_all_share_an_answer_are_all_relatives():
+    """Labels as passages: all queries of a class, and no other."""
+    rows = [(f"q{i}", [f"label {i % 3}"], []) for i in range(60)]
+    store = TrainStore([train_set(rows)])
+    batch = Batches(store, batch_size=60, seed=0, query_relatives=True).batch_at(0)
+    label = [number_of(t) % 3 for t in batch.query_tokens]
+    wanted = [[j for j in range(60) if label[j] == label[i]] for i in range(60)]
+    assert batch.query_relatives_BK.tolist() == wanted
+
+
+def test_memory_follows_the_queries_that_are_related_not_the_answers_they_share(monkeypatch):
+    """160 queries in groups of 20 that share 200 answers: 640,000 finds of 3,200 relatives."""
+    monkeypatch.setattr("data.batches._BLOCK_PAIRS", 10_000)
+    rows = [(f"q{i}", [f"p{i // 20}.{j}" for j in range(200)], []) for i in range(160)]
+    store = TrainStore([train_set(rows)])
+    numbers = np.arange(160)
+    tracemalloc.start()
+    found = store.query_relatives(numbers, 0, 160)
+    peak_bytes = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert found.tolist() == [[i // 20 * 20 + j for j in range(20)] for i in range(160)]
+    # 32,160 relatives in a dozen vectors of 8 bytes; at once the finds alone would be 20 MB
+    assert peak_bytes < 6e6
+
+
+def test_numbers_name_the_texts_in_the_store():
+    """Equal texts of two sets are one query of the batch: its number is that of the first set."""
+    one, two = some_examples(30, seed=1), some_examples(30, seed=2)
+    store = TrainStore([train_set(one), train_set(two, first=10_000)])
+
+    def text(tokens, side: str) -> str:
+        n = number_of(tokens)
+        part = store.sets[n >= 10_000]
+        return (part.queries if side == "query" else part.passages).texts[n % 10_000]
+
+    for world in (1, 3):
+        parts = [
+            Batches(store, batch_size=20, seed=0, rank=r, world=world).batch_at(1)
+            for r in range(world)
+        ]
+        for side, stores in (
+            ("query", [s.queries for s in store.sets]),
+            ("passage", [s.passages for s in store.sets]),
+        ):
+            texts = [t for one in stores for t in one.texts]
+            wanted = [text(t, side) for p in parts for t in getattr(p, f"{side}_tokens")]
+            field = "query_numbers_A" if side == "query" else "passage_numbers_N"
+            for numbers in (getattr(p, field) for p in parts):
+                assert numbers.dtype == np.int64
+                assert numbers.tolist() == [texts.index(t) for t in wanted]
+
+
+@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.parametrize("different_prompts", [False, True])
+def test_texts_used_are_those_that_batches_hold(kept, different_prompts):
+    """A guide encodes these and no others: one left out would have no embedding."""
+    changes = {"query_prompt": "q: ", "passage_prompt": "p: "} if different_prompts else {}
+    sets = [
+        train_set(some_examples(40, seed=1, num_texts=90)),
+        train_set(some_examples(30, seed=2, num_texts=90), first=10_000, **changes),
+    ]
+    store = TrainStore(sets, kept=[np.arange(0, 40, 3), None] if kept else [])
+    batches = Batches(store, batch_size=16, seed=0)
+    held = [batches.batch_at(s) for s in range(2 * batches.plan.steps_per_epoch)]
+    queries, passages = store.texts_used()
+    assert queries.tolist() == sorted({n for b in held for n in b.query_numbers_A.tolist()})
+    assert passages.tolist() == sorted({n for b in held for n in b.passage_numbers_N.tolist()})
+
+
 def test_texts_that_differ_in_spaces_or_form_are_relatives():
     """content_hash, not the bytes: a no-break space or a ligature makes no new answer."""
     rows = [("q one", ["an  office\u00a0chair"], []), ("q two", ["an o\ufb03ce chair"], [])]
@@ -185,6 +329,8 @@ def test_texts_that_differ_in_spaces_or_form_are_relatives():
     batch = Batches(TrainStore(store.sets), batch_size=2, seed=0).batch_at(0)
     assert len(batch.passage_tokens) == 2
     assert batch.relatives_BK.tolist() == [[0, 1], [0, 1]]
+    batch = Batches(TrainStore(store.sets), batch_size=2, seed=0, query_relatives=True).batch_at(0)
+    assert batch.query_relatives_BK.tolist() == [[0, 1], [0, 1]]
 
 
 @pytest.mark.parametrize("world", [2, 3, 5])
@@ -192,11 +338,9 @@ def test_texts_that_differ_in_spaces_or_form_are_relatives():
 def test_ranks_side_by_side_are_the_batch_of_one(world, num):
     """The gradient must not depend on the number of ranks: same texts, same columns, same pairs."""
     store = TrainStore([train_set(some_examples(num, seed=num))])
-    whole = Batches(store, batch_size=64, seed=1, max_negatives=3).batch_at(0)
-    parts = [
-        Batches(store, batch_size=64, seed=1, max_negatives=3, rank=r, world=world).batch_at(0)
-        for r in range(world)
-    ]
+    settings = dict(batch_size=64, seed=1, max_negatives=3, query_relatives=True)
+    whole = Batches(store, **settings).batch_at(0)
+    parts = [Batches(store, **settings, rank=r, world=world).batch_at(0) for r in range(world)]
     for field in ("query_tokens", "passage_tokens"):
         joined = [t.tolist() for p in parts for t in getattr(p, field)]
         assert joined == [t.tolist() for t in getattr(whole, field)]
@@ -207,11 +351,16 @@ def test_ranks_side_by_side_are_the_batch_of_one(world, num):
     for part in parts:
         assert part.passage_offset == column
         pairs += zip(part.pair_query_P + row, part.pair_passage_P, part.pair_weight_P, strict=True)
-        width = whole.relatives_BK.shape[1]
-        assert part.relatives_BK.shape[1] <= width
-        rows = whole.relatives_BK[row : row + len(part.query_tokens)]
-        np.testing.assert_array_equal(rows[:, : part.relatives_BK.shape[1]], part.relatives_BK)
-        assert (rows[:, part.relatives_BK.shape[1] :] == -1).all()
+        assert part.query_offset == row
+        assert part.num_queries_global == len(whole.query_tokens)
+        np.testing.assert_array_equal(part.query_numbers_A, whole.query_numbers_A)
+        np.testing.assert_array_equal(part.passage_numbers_N, whole.passage_numbers_N)
+        for field in ("relatives_BK", "query_relatives_BK"):
+            found, rows = getattr(part, field), getattr(whole, field)
+            rows = rows[row : row + len(part.query_tokens)]
+            assert found.shape[1] <= rows.shape[1]
+            np.testing.assert_array_equal(rows[:, : found.shape[1]], found)
+            assert (rows[:, found.shape[1] :] == -1).all()
         row, column = row + len(part.query_tokens), column + len(part.passage_tokens)
     wanted = zip(whole.pair_query_P, whole.pair_passage_P, whole.pair_weight_P, strict=True)
     assert sorted(pairs) == sorted(wanted)
@@ -279,7 +428,7 @@ def test_the_position_is_the_step_alone(mix):
         train_set(rows[30:], name="b", first=10_000),
     ]
     store = TrainStore(sets, mix=mix, mix_temperature=2.0)
-    settings = dict(batch_size=8, seed=4, max_negatives=2)
+    settings = dict(batch_size=8, seed=4, max_negatives=2, query_relatives=True)
     straight = list(batches(store, **settings, steps=20))
     assert len(straight) == 20
     for start in (0, 1, 7, 19):
@@ -399,7 +548,10 @@ def test_examples_are_counted_without_reading_them(mix, num_sets):
     sets = [plain(n, s) for s, n in (("a", 40), ("b", 7), ("c", 100))][:num_sets]
     store = TrainStore(sets, mix=mix)
     c = SimpleNamespace(
-        seed=0, optim=SimpleNamespace(batch_size=16), data=SimpleNamespace(max_negatives=None)
+        seed=0,
+        loss=SimpleNamespace(query_negatives=False),
+        optim=SimpleNamespace(batch_size=16),
+        data=SimpleNamespace(max_negatives=None),
     )
     total, counted = 0, [0]
     for step in range(3 * store.steps_per_epoch(16)):
@@ -457,8 +609,11 @@ def test_no_texts_make_no_chunks():
 # -- speed --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("batch_size", "limit_ms"), [(64, 2), (4096, 60)])
-def test_a_batch_costs_little_beside_a_step(tmp_path, batch_size, limit_ms):
+@pytest.mark.parametrize(
+    ("batch_size", "query_relatives", "limit_ms"),
+    [(64, False, 2), (4096, False, 60), (16_384, False, 250), (16_384, True, 300)],
+)
+def test_a_batch_costs_little_beside_a_step(tmp_path, batch_size, query_relatives, limit_ms):
     """64 pairs train in about 100 ms on two cores. CPU time, fastest of a few: cores are shared."""
     rng = np.random.default_rng(0)
     num, per = 50_000, 4
@@ -482,10 +637,12 @@ def test_a_batch_costs_little_beside_a_step(tmp_path, batch_size, limit_ms):
             )
         ]
     )
-    source = Batches(store, batch_size=batch_size, seed=0, max_negatives=1)
+    source = Batches(
+        store, batch_size=batch_size, seed=0, max_negatives=1, query_relatives=query_relatives
+    )
     spent = []
     for step in range(12):
         began = time.process_time()
-        source.batch_at(step)
+        source.batch_at(step % (num // batch_size))  # full batches alone
         spent.append(1e3 * (time.process_time() - began))
     assert min(spent) < limit_ms, spent
