@@ -1,11 +1,11 @@
 """Train a retriever: python train.py +experiment=quickstart     (python train.py --help: the rest)
+On several devices: torchrun --nproc-per-node 2 train.py +experiment=quickstart
 
 Read top to bottom: setup, loop, result. Settings: conf/schema.py. Why it is so: docs/design.md.
 """
 
 import logging
 import math
-import os
 import time
 from pathlib import Path
 
@@ -16,54 +16,59 @@ from tqdm import tqdm
 from conf.cli import main
 from conf.schema import TrainConfig
 from data.batches import Batch
-from data.datasets import open_data
+from data.datasets import Data, open_data
+from data.teacher import open_guide
 from evals.final import check_dev, evaluate_base, evaluate_dev, write_result
 from losses.build import build_loss
-from losses.grad_cache import train_step
+from losses.grad_cache import Guide, train_step
 from models.build import build_model
 from models.towers import Towers
 from runtime import checkpoint
 from runtime.clock import Clock
 from runtime.device import autocast_for, keep_freed_memory, pick_device, pick_precision
+from runtime.distributed import Ranks, broadcast_state, init_ranks
 from runtime.interrupt import Interrupt
+from runtime.memory import activation_budget_mib
 from runtime.optim import build_optimizer, lr_at, set_lr
-from runtime.run_dir import is_finished, print_finished
 from runtime.track import Tracker
 
 log = logging.getLogger("train")
 
 
 def train(c: TrainConfig, run_dir: Path) -> None:
-    """One run, from settings to result.json; resumable at any step."""
-    if is_finished(run_dir):  # only reached with resume=true
-        print_finished(run_dir)
-        return
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError("training runs in one process so far; start it without torchrun")
+    """One run, from settings to result.json; resumable at any step.
 
+    Under torchrun every process runs this; ranks.on_main() is rank 0 working while the others wait.
+    """
     # 1. setup: everything that happens once
     began = time.perf_counter()
     keep_freed_memory()
     if c.runtime.threads:
         torch.set_num_threads(c.runtime.threads)
-    device = pick_device(c.runtime.device)
-    precision = pick_precision(c.runtime.precision, device)
-    log.info("computing on %s in %s, %d CPU threads", device, precision, torch.get_num_threads())
-    torch.manual_seed(c.seed)  # a fresh projection is the only thing drawn from it
-    towers = build_model(c.model, dims=c.loss.dims).to(device)
-    dims = sorted(c.dims or c.loss.dims or [towers.width], reverse=True)
-    prepare_runtime(towers, c)
-    tokenizers = towers.tokenizer_query, towers.tokenizer_passage
-    data = open_data(c.data, towers.spec, *tokenizers, seed=c.seed)
-    check_dev(c, data)
+    ranks = init_ranks(c.runtime.device)
+    with ranks.together():  # what fails on one rank ends the run on all
+        device = pick_device(c.runtime.device)
+        precision = pick_precision(c.runtime.precision, device)
+        log.info("computing on %s in %s, %d CPU threads", device, precision,
+                 torch.get_num_threads())  # fmt: skip
+        budget_mib = activation_budget_mib(c.runtime.activation_budget_mib, device)
+        torch.manual_seed(c.seed)  # a fresh projection is the only thing drawn from it
+        towers = build_model(c.model, dims=c.loss.dims).to(device)
+        dims = sorted(c.dims or c.loss.dims or [towers.width], reverse=True)
+        prepare_runtime(towers, c)
+        tokenizers = towers.tokenizer_query, towers.tokenizer_passage
+        data = open_data(c.data, towers.spec, *tokenizers, seed=c.seed)
+        check_dev(c, data)
+        guide = guide_of(c, data, device)
+        loss_fn = build_loss(c.loss, seed=c.seed).to(device)
+        optimizer = build_optimizer(towers, loss_fn, c.optim)
     # before a single step; a resumed run reads what it was
-    base = evaluate_base(towers, data, dims, run_dir, precision=precision)
-    loss_fn = build_loss(c.loss).to(device)
-    optimizer = build_optimizer(towers, loss_fn, c.optim)
+    base = ranks.on_main(evaluate_base, towers, data, dims, run_dir, precision=precision)
     total_steps = data.train.num_steps(c.optim)
-    batches = data.train.batches(c, total_steps)
-    start, progress = checkpoint.resume(run_dir, towers, loss_fn, optimizer)
-    track = Tracker(c.wandb, run_dir, c)
+    batches = data.train.batches(c, total_steps, rank=ranks.rank, world=ranks.size)
+    start, progress = ranks.on_main(checkpoint.resume, run_dir, towers, loss_fn, optimizer)
+    broadcast_state(ranks, [towers, loss_fn], optimizer)
+    track = Tracker(c.wandb, run_dir, c)  # rank 0 writes
     track.truncate(start)
     clock = Clock()
 
@@ -71,7 +76,8 @@ def train(c: TrainConfig, run_dir: Path) -> None:
     towers.train()
     done = start
     num_examples = [batches.num_examples_until(n) for n in (start, total_steps)]
-    bar = tqdm(desc="train", unit="pair", initial=num_examples[0], total=num_examples[1])
+    bar = tqdm(desc="train", unit="pair", initial=num_examples[0], total=num_examples[1],
+               disable=not ranks.is_main)  # fmt: skip
     with Interrupt() as interrupt, bar:
         for step in range(start, total_steps):
             if c.early_stopping and progress["bad_evaluations"] >= c.early_stopping:
@@ -84,16 +90,17 @@ def train(c: TrainConfig, run_dir: Path) -> None:
             loss, numbers = train_step(
                 towers, loss_fn, batch, seed=c.seed, step=step, device=device,
                 chunk_tokens=c.runtime.chunk_tokens, autocast=autocast_for(precision, device),
+                activation_budget_mib=budget_mib, ranks=ranks, guide=guide,
             )  # fmt: skip
             grad_norm = clip_grad_norm_(trained(towers, loss_fn), c.optim.max_grad_norm or math.inf)
-            check_finite(step, batch, loss, grad_norm)
+            check_finite(step, batch, loss, grad_norm, ranks)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             done = step + 1
             is_last = done == total_steps
-            clock.count(batch)
+            clock.count(batch, ranks.size)
             bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
-            bar.update(batch.num_examples)
+            bar.update(batch.num_examples_global)
 
             if done % c.log_every == 0 or is_last:
                 numbers |= {"loss": loss.item(), "grad_norm": grad_norm.item(), "lr": lr}
@@ -101,25 +108,36 @@ def train(c: TrainConfig, run_dir: Path) -> None:
                 track.log(done, **numbers, **clock.rates())
             if c.eval_every and (done % c.eval_every == 0 or is_last):
                 with clock.paused():
-                    values = evaluate_dev(towers, data, dims, precision=precision)
+                    values = ranks.on_main(evaluate_dev, towers, data, dims, precision=precision)
                 track.log(done, **values)
                 note_best(progress, done, values, c)
-            if is_last or interrupt.requested or is_time_to_save(done, progress, c):
+            stop = ranks.first(interrupt.requested)  # a signal to any rank stops all at this step
+            if is_last or stop or is_time_to_save(done, progress, c):
                 with clock.paused():
                     track.sync()  # the checkpoint claims that its rows exist
-                    checkpoint.save(run_dir, done, towers, loss_fn, optimizer, progress,
-                                    keep=c.keep_checkpoints)  # fmt: skip
-            if interrupt.requested and not is_last:
-                raise SystemExit(
-                    f"\n{interrupt.requested}: saved at step {done} of {total_steps} in {run_dir};"
-                    " go on with the same command and resume=true"
-                )
+                    ranks.on_main(checkpoint.save, run_dir, done, towers, loss_fn, optimizer,
+                                  progress, keep=c.keep_checkpoints)  # fmt: skip
+            if stop and not is_last:
+                message = (f"\n{stop}: saved at step {done} of {total_steps} in {run_dir};"
+                           " go on with the same command and resume=true")  # fmt: skip
+                raise SystemExit(message if ranks.is_main else 1)
 
     # 3. the result: small files that a report can read without W&B
-    if progress["best_step"] is not None:
-        checkpoint.load_best(run_dir, towers, loss_fn, progress["best_step"])
     totals = {"steps": done, **clock.totals(), "wall_s": time.perf_counter() - began}
-    write_result(c, run_dir, towers, data, dims, base, track, totals, precision=precision)
+    if progress["best_step"] is not None:
+        ranks.on_main(checkpoint.load_best, run_dir, towers, loss_fn, progress["best_step"])
+    ranks.on_main(write_result, c, run_dir, towers, data, dims, base, track, totals,
+                  precision=precision)  # fmt: skip
+
+
+def guide_of(c: TrainConfig, data: Data, device: torch.device) -> Guide | None:
+    """Embeddings of the training texts by loss.guide or loss.teacher, where one is set."""
+    model = c.loss.guide or c.loss.teacher
+    if model is None:
+        return None
+    return open_guide(
+        model, data, cache_dir=c.data.cache_dir, device=device, precision=c.runtime.precision
+    )
 
 
 def prepare_runtime(towers: Towers, c: TrainConfig) -> None:
@@ -135,10 +153,15 @@ def trained(towers: Towers, loss_fn: torch.nn.Module) -> list[torch.nn.Parameter
     return [p for module in (towers, loss_fn) for p in module.parameters() if p.requires_grad]
 
 
-def check_finite(step: int, batch: Batch, loss: torch.Tensor, grad_norm: torch.Tensor) -> None:
+def check_finite(
+    step: int, batch: Batch, loss: torch.Tensor, grad_norm: torch.Tensor, ranks: Ranks
+) -> None:
     """Raise ValueError, naming step and examples, before a bad update reaches the weights."""
-    if not (torch.isfinite(loss) and torch.isfinite(grad_norm)):
-        ids = ", ".join(batch.example_ids[:8]) + (", ..." if len(batch.example_ids) > 8 else "")
+    if torch.isfinite(loss) and torch.isfinite(grad_norm):  # both are the same on every rank
+        return
+    names = [name for some in ranks.gather_objects(batch.example_ids[:8]) for name in some]
+    ids = ", ".join(names[:8]) + (", ..." if batch.num_examples_global > len(names[:8]) else "")
+    with ranks.together():
         raise ValueError(
             f"step {step + 1}: loss {loss.item()}, gradient norm {grad_norm.item()} on examples"
             f" {ids}; lower optim.lr or look at these texts"

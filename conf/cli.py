@@ -6,6 +6,7 @@ and what a user can cause ends in a message instead of a traceback.
 """
 
 import argparse
+import contextlib
 import difflib
 import logging
 import os
@@ -93,7 +94,8 @@ def main(config_cls: type, config_name: str, fn: Callable[[Any, Path | None], An
     set_up_logging()
     args = sys.argv[1:]
     if any(a in ("-h", "--help") for a in args):
-        sys.stdout.write(help_text(config_cls, config_name, conf_dir, program))
+        if _rank() == 0:
+            sys.stdout.write(help_text(config_cls, config_name, conf_dir, program))
         return
     hydra_argv, hydra_full_error = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
     failures: list[JobFailed] = []
@@ -120,10 +122,13 @@ def main(config_cls: type, config_name: str, fn: Callable[[Any, Path | None], An
     except (UsageError, HydraException, OmegaConfBaseException, OSError, ValueError) as error:
         if _wants_traceback():
             raise
-        sys.stderr.write(f"{_config_message(error)}\n")
+        if _rank() == 0:  # under torchrun all ranks have read the same command
+            sys.stderr.write(f"{_config_message(error)}\n")
+        _wait_for_ranks()
         raise SystemExit(USAGE_ERROR) from None
     except KeyboardInterrupt:
-        sys.stderr.write("interrupted\n")
+        if _rank() == 0:
+            sys.stderr.write("interrupted\n")
         raise SystemExit(130) from None
     finally:
         sys.argv = hydra_argv
@@ -132,9 +137,10 @@ def main(config_cls: type, config_name: str, fn: Callable[[Any, Path | None], An
         else:
             os.environ["HYDRA_FULL_ERROR"] = hydra_full_error
     if failures:
-        if is_multirun:
+        if is_multirun and _rank() == 0:
             lines = "\n".join(f"  {failure}" for failure in failures)
             sys.stderr.write(f"\nruns of this sweep that failed: {len(failures)}\n{lines}\n")
+        _wait_for_ranks()
         raise SystemExit(failures[0].exit_code)
 
 
@@ -151,7 +157,16 @@ def set_up_logging() -> None:
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
         root.addHandler(handler)
-    root.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
+    root.setLevel(logging.INFO if _rank() == 0 else logging.WARNING)
+
+
+def _rank() -> int:
+    """This process among those that torchrun started; 0 without torchrun."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def _world() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 # ------------------------------------------------------------------------------------------ one job
@@ -170,13 +185,14 @@ def _job(
     def job(cfg: DictConfig) -> None:
         # unresolved: an override that holds ${...} is wanted as it was typed
         overrides = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)
-        run_dir, is_ours = None, False  # is_ours: the directory is prepared and locked by this run
+        c, run_dir = None, None
+        is_ours = False  # the directory is prepared and locked by this run
         try:
             c = to_config(cfg, config_cls)
             if hasattr(c, "runs_dir"):
-                run_dir = prepare_run_dir(c, overrides, swept=swept or ())
+                run_dir, has_finished = _prepare(c, overrides, swept or ())
                 is_ours = True
-                if c.resume and is_finished(run_dir):
+                if has_finished:
                     print_finished(run_dir)
                     return
                 log.info("run directory: %s", run_dir)
@@ -188,22 +204,28 @@ def _job(
         except Exception as error:
             is_usage = not is_ours and isinstance(error, ValueError | UsageError)
             message = str(error) if isinstance(error, EXPECTED) else ""
-            if is_ours or swept is not None:
-                where = run_dir if is_ours else _arm_dir(cfg, config_cls, overrides, swept or set())
-                if where is not None:
-                    _write_error(where, message or repr(error))
-                    message += (
-                        f"\n(traceback in {where / 'error.txt'})" if message and is_ours else ""
-                    )
-            if message and not _wants_traceback():
-                sys.stderr.write(f"{message}\n")
-            else:
-                traceback.print_exc()
             first_line = (message or repr(error)).splitlines()[0]
+            if not _is_said_elsewhere(error, c):
+                if is_ours or swept is not None:
+                    where = (
+                        run_dir if is_ours else _arm_dir(cfg, config_cls, overrides, swept or set())
+                    )
+                    if where is not None:
+                        _write_error(where, message or repr(error), error)
+                        message += (
+                            f"\n(traceback in {where / 'error.txt'})" if message and is_ours else ""
+                        )
+                sys.stderr.write(f"rank {_rank()}: " if _world() > 1 else "")
+                if message and not _wants_traceback():
+                    sys.stderr.write(f"{message}\n")
+                else:
+                    traceback.print_exc()
             typed = " ".join(o for o in overrides if not o.startswith("++data.sets={"))
             failure = JobFailed(f"{typed}: {first_line}", USAGE_ERROR if is_usage else JOB_ERROR)
             if os.getpid() != main_pid:
                 raise failure from None
+            if _world() > 1 and c is not None and not getattr(error, "is_shared", False):
+                _leave(failure.exit_code)
             failures.append(failure)
         finally:
             close_open_trackers()  # of a run that did not come to its end
@@ -255,7 +277,51 @@ def _arm_dir(
     return None if is_finished(path) or (path / "checkpoints").exists() else path
 
 
-def _write_error(folder: Path, message: str) -> None:
+def _prepare(c: Any, overrides: list[str], swept: set[str] | tuple) -> tuple[Path, bool]:
+    """(run directory, whether all there is to do is to show its result).
+
+    Under torchrun rank 0 alone prepares it, and every rank learns how that went.
+    """
+
+    def prepare() -> tuple[Path, bool]:
+        run_dir = prepare_run_dir(c, overrides, swept=swept)
+        return run_dir, c.resume and is_finished(run_dir)
+
+    if _world() == 1:
+        return prepare()
+    from runtime.distributed import init_ranks  # torch: --help need not wait for it
+
+    return init_ranks(c.runtime.device).on_main(prepare)
+
+
+def _is_said_elsewhere(error: Exception, c: Any) -> bool:
+    """Whether another rank says what is wrong: settings fail alike on all of them."""
+    return getattr(error, "is_said_elsewhere", False) or (c is None and _rank() > 0)
+
+
+def _wait_for_ranks() -> None:
+    """Leave with an error only when all are ready to: torchrun ends the others when the first has
+    left, be it in the middle of what they say."""
+    if _world() > 1:
+        from runtime.distributed import init_ranks
+
+        sys.stderr.flush()
+        with contextlib.suppress(ValueError, OSError, RuntimeError):  # there is no telling whom
+            init_ranks("cpu").gather_objects(None)
+
+
+def _leave(exit_code: int) -> None:
+    """End this process at once: other ranks wait for it in a collective, and torchrun, which ends
+    them, only sees that it is gone. What is usually done at exit might wait for them in turn."""
+    close_open_trackers()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(exit_code)
+
+
+def _write_error(folder: Path, message: str, error: Exception) -> None:
+    if isinstance(error, ConnectionError) and (folder / "error.txt").exists():
+        return  # another rank has ended and left its reason there
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_text_atomic(folder / "error.txt", f"{message}\n\n{traceback.format_exc()}")

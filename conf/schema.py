@@ -183,6 +183,11 @@ class LossConfig:
         )
 
     def _check_teacher(self) -> None:
+        for key in ("guide", "teacher"):
+            _require(
+                getattr(self, key) != "",
+                f"loss.{key} is empty: name a model, loss.{key}=<folder, hub id or run>",
+            )
         _require(
             0 <= self.teacher_weight <= 1,
             f"loss.teacher_weight ({self.teacher_weight}) must be in [0, 1]",
@@ -388,8 +393,8 @@ class RuntimeConfig:
         budget = self.activation_budget_mib
         _require(
             budget is None or 0 <= budget < math.inf,
-            f"runtime.activation_budget_mib ({budget}) must be >= 0 and finite; null: a share of the"
-            f" device's memory",
+            f"runtime.activation_budget_mib ({budget}) must be >= 0 and finite; null: a share of"
+            f" the device's memory",
         )
         _require(self.threads >= 0, f"runtime.threads ({self.threads}) must be >= 0")
 

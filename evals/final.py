@@ -20,7 +20,7 @@ from evals.retrieval import Scored, encode_sets, score
 from models.export import export
 from models.towers import Towers
 from runtime.run_dir import write_json_atomic, write_text_atomic
-from runtime.track import Tracker
+from runtime.track import Tracker, read_rows
 
 log = logging.getLogger(__name__)
 
@@ -144,7 +144,7 @@ def write_result(
     result |= {"test_set": first, "other_sets": {n: s for n, s in sets.items() if n != first}}
     result |= totals | {
         "padding_share": 0.0,
-        "replayed_share": 0.0,
+        "replayed_share": _mean_of_steps(run_dir, "replayed_share"),
         "peak_memory_mib": round(peak_memory_mib()),
     }
     result["data"] = data.report
@@ -172,6 +172,12 @@ def write_result(
     _log_to_tracker(track, result, figures)
     write_json_atomic(run_dir / "result.json", result)
     _show(run_dir, result, examples)
+
+
+def _mean_of_steps(run_dir: Path, name: str) -> float:
+    """Mean of a number over the logged steps; 0 where none holds it."""
+    values = [row[name] for row in read_rows(run_dir / "metrics.jsonl") if name in row]
+    return float(np.mean(values)) if values else 0.0
 
 
 def _set_result(bm25: dict, base: dict, tuned: dict, seed: int) -> dict:

@@ -1,21 +1,40 @@
-"""One training step over a batch of any size: encode in chunks, loss on embeddings alone, gradients
-chunk by chunk.
+"""One training step over a batch of any size: the exact gradient of the whole, in bounded memory.
 
-Source: Gao et al. 2021 (GradCache), sec. 3; the graphs of all chunks are kept here, so that nothing
-is encoded twice.
+Shapes: B queries and n passages of this rank, A queries and N passages of all ranks, D embedding, E
+guide embedding.
+
+1. Encode in chunks. The graphs of the first chunks are kept, as many as the activation budget
+   allows; the other chunks are encoded without a graph.
+2. The loss and its gradient, on embeddings alone; negatives come from all ranks.
+3. Push the embedding gradients into the kept chunks, which frees them, then encode each other chunk
+   again, with its own seed and now with a graph, and push into that.
+
+A batch that fits is encoded once, as without any caching. Under several ranks the gradients are
+summed by one all-reduce at the end, and no rank waits for another's chunks.
+
+Source: Gao et al. 2021 (GradCache), sec. 3.
 """
 
+import math
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
 from data.batches import Batch, chunks
 from losses.infonce import Targets
 from models.towers import Towers
 from models.transformer import Packed, pack
+from runtime.distributed import SINGLE, Ranks
+
+
+class Guide(Protocol):
+    def lookup(self, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
+        """(guide_query_AE, guide_passage_NE) of a batch's texts, unit-norm float32."""
 
 
 def seed_chunk(seed: int, step: int, rank: int, chunk: int) -> None:
@@ -28,25 +47,42 @@ def seed_chunk(seed: int, step: int, rank: int, chunk: int) -> None:
 def pieces(
     batch: Batch, chunk_tokens: int, device: torch.device
 ) -> Iterator[tuple[str, np.ndarray, Packed]]:
-    """(side, which texts, their pack) for every chunk of a batch, longest texts first."""
+    """(side, which texts, their pack) for every chunk of a batch, longest texts first; a side
+    without texts has no chunk."""
     for side in ("query", "passage"):
         texts = batch.query_tokens if side == "query" else batch.passage_tokens
-        skip = batch.query_prompt_tokens_B if side == "query" else batch.passage_prompt_tokens_N
         for rows in chunks(np.array([len(t) for t in texts]), chunk_tokens):
-            some_skip = skip[rows] if skip.any() else None
-            yield side, rows, pack([texts[i] for i in rows], device, skip=some_skip)
+            yield side, rows, packed_rows(batch, side, rows, device)
 
 
-def targets_on(batch: Batch, device: torch.device) -> Targets:
-    def tensor(array: np.ndarray) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array)).to(device)
+def packed_rows(batch: Batch, side: str, rows: np.ndarray, device: torch.device) -> Packed:
+    """Texts of one side of a batch, by number, laid end to end."""
+    texts = batch.query_tokens if side == "query" else batch.passage_tokens
+    skip = batch.query_prompt_tokens_B if side == "query" else batch.passage_prompt_tokens_N
+    return pack([texts[i] for i in rows], device, skip=skip[rows] if skip.any() else None)
 
+
+def targets_on(
+    batch: Batch, device: torch.device, *, step: int = 0, guide: Guide | None = None
+) -> Targets:
+    """What answers what, as tensors. step and guide are for losses that ask for them."""
+
+    def tensor(array: np.ndarray | None) -> Tensor | None:
+        return None if array is None else torch.from_numpy(np.ascontiguousarray(array)).to(device)
+
+    guide_query_AE, guide_passage_NE = (None, None) if guide is None else guide.lookup(batch)
     return Targets(
         pair_query_P=tensor(batch.pair_query_P),
         pair_passage_P=tensor(batch.pair_passage_P),
         pair_weight_P=tensor(batch.pair_weight_P),
         relatives_BK=tensor(batch.relatives_BK),
         num_examples=batch.num_examples_global,
+        step=step,
+        query_offset=batch.query_offset,
+        num_queries=batch.num_queries_global,
+        query_relatives_BK=tensor(batch.query_relatives_BK),
+        guide_query_AE=tensor(guide_query_AE),
+        guide_passage_NE=tensor(guide_passage_NE),
     )
 
 
@@ -60,36 +96,169 @@ def train_step(
     chunk_tokens: int,
     device: torch.device,
     autocast: Callable[[], AbstractContextManager],
+    activation_budget_mib: float = math.inf,
+    ranks: Ranks = SINGLE,
+    guide: Guide | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Forward and backward of one batch: gradients are added to the parameters' .grad.
 
-    autocast  makes the context for the encoder (the loss always runs in float32)
+    loss_fn    (q_BD, p_ND, targets, ranks) -> this rank's share of the loss and of its numbers; on
+               every rank, with or without texts, from the same collectives
+    batch      this rank's part; a rank may have no queries, no passages, or neither
+    step       0-based; with seed, rank and a chunk's number it seeds the chunk's dropout
+    autocast   makes the context for the encoder (the loss always runs in float32)
+    activation_budget_mib  MiB of kept graphs; 0: every chunk that trains is encoded twice
+    guide      embeddings of a guide or teacher model, for losses that use one
     Returns the loss in nats (a mean over the examples of all ranks) and the loss function's own
-    numbers, on the device: reading them is a sync.
+    numbers, summed over ranks, with replayed_share: tokens encoded twice / tokens of all ranks.
+    They stay on the device: reading them is a sync. Under several ranks .grad must be None before
+    the step, and is the gradient of the global loss, the same on every rank, after it.
     """
-    # 1. encode every chunk, keeping its graph
-    parts: dict[str, list[Tensor]] = {"query": [], "passage": []}
-    rows: dict[str, list[np.ndarray]] = {"query": [], "passage": []}
+
+    def encode(number: int, side: str, packed: Packed) -> Tensor:
+        seed_chunk(seed, step, ranks.rank, number)
+        with autocast():
+            return towers.encode_query(packed) if side == "query" else towers.encode_passage(packed)
+
+    if ranks.size > 1:  # what was there would be summed over ranks again
+        assert all(p.grad is None for m in (towers, loss_fn) for p in m.parameters())
+
+    # 1. encode every chunk, keeping graphs while there is room
+    trains = {
+        side: any(p.requires_grad for p in towers.tower(side).parameters())
+        for side in ("query", "passage")
+    }
+    leaves = {
+        side: empty_embeddings(towers, len(texts), device).requires_grad_(trains[side])
+        for side, texts in (("query", batch.query_tokens), ("passage", batch.passage_tokens))
+    }
+    kept: list[tuple[str, np.ndarray, Tensor]] = []
+    to_replay: list[tuple[int, str, np.ndarray]] = []
+    meter = GraphMeter(towers, activation_budget_mib * 2**20)
+    replayed_tokens = 0
+    # one context around all chunks: autocast keeps its copies of the weights until it ends. A copy
+    # made without a graph would cut the weight off, so that no graph may come after one left out.
     with autocast():
-        for number, (side, some_rows, packed) in enumerate(pieces(batch, chunk_tokens, device)):
-            seed_chunk(seed, step, 0, number)
-            parts[side].append(
-                towers.encode_query(packed) if side == "query" else towers.encode_passage(packed)
-            )
-            rows[side].append(some_rows)
+        for number, (side, rows, packed) in enumerate(pieces(batch, chunk_tokens, device)):
+            num_tokens = sum(packed.lengths)
+            with meter.graph_if_room(num_tokens, wanted=trains[side]):
+                part = encode(number, side, packed)
+            with torch.no_grad():
+                leaves[side][on(device, rows)] = part
+            if trains[side] and meter.has_room:
+                kept.append((side, rows, part))
+            elif trains[side]:
+                to_replay.append((number, side, rows))
+                replayed_tokens += num_tokens
+            del part  # a graph that does not fit goes before the next chunk comes
 
     # 2. the loss and its gradient, on embeddings alone
-    leaves = {}
-    for side in parts:
-        order = torch.from_numpy(np.argsort(np.concatenate(rows[side]), kind="stable")).to(device)
-        leaves[side] = torch.cat([part.detach() for part in parts[side]])[order].requires_grad_()
-    loss, numbers = loss_fn(leaves["query"], leaves["passage"], targets_on(batch, device))
+    candidates_ND = ranks.gather_rows(leaves["passage"])
+    targets = targets_on(batch, device, step=step, guide=guide)
+    loss, numbers = loss_fn(leaves["query"], candidates_ND, targets, ranks)
     loss.backward()
+    del candidates_ND, targets
 
     # 3. push the embedding gradients into each chunk; its graph is freed as it goes
-    for side in parts:
-        while parts[side]:
-            part, some_rows = parts[side].pop(), rows[side].pop()
-            if part.requires_grad:
-                part.backward(leaves[side].grad[torch.from_numpy(some_rows).to(device)])
-    return loss.detach(), numbers
+    def push(side: str, rows: np.ndarray, part: Tensor) -> None:
+        if part.requires_grad and leaves[side].grad is not None:
+            part.backward(leaves[side].grad[on(device, rows)])
+
+    while kept:
+        push(*kept.pop())
+    for number, side, rows in to_replay:
+        push(side, rows, encode(number, side, packed_rows(batch, side, rows, device)))
+
+    # all ranks: one sum of everything
+    tokens = {"replayed_tokens": replayed_tokens, "tokens": batch.num_tokens}
+    numbers = numbers | {k: torch.tensor(float(v), device=device) for k, v in tokens.items()}
+    loss, numbers = sum_over_ranks(towers, loss_fn, loss.detach(), numbers, ranks)
+    numbers["replayed_share"] = numbers.pop("replayed_tokens") / numbers.pop("tokens").clamp(min=1)
+    return loss, numbers
+
+
+def sum_over_ranks(
+    towers: Towers, loss_fn: nn.Module, loss: Tensor, numbers: dict[str, Tensor], ranks: Ranks
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """(loss, numbers) summed over ranks, and each .grad with them, in one all-reduce.
+
+    Everything travels in one flat buffer; each gradient is freed when it is copied there, and is a
+    part of the buffer afterwards. A parameter without a gradient on any rank keeps none.
+    """
+    if ranks.size == 1:
+        return loss, numbers
+    trained = [p for m in (towers, loss_fn) for p in m.parameters() if p.requires_grad]
+    has_grad = [p.grad is not None for p in trained]
+    names = sorted(numbers)
+    scalars = [loss, *(numbers[name] for name in names)]
+    dtype = torch.float32
+    for x in (*trained, *scalars):
+        dtype = torch.promote_types(dtype, x.dtype)
+    sizes = [*(p.numel() for p in trained), len(scalars), len(trained)]
+    flat = torch.zeros(sum(sizes), dtype=dtype, device=loss.device)
+    *parts, sums, counts = flat.split(sizes)
+    for p, part in zip(trained, parts, strict=True):
+        if p.grad is not None:
+            part.copy_(p.grad.flatten())
+            p.grad = None
+    sums.copy_(torch.stack([x.to(dtype) for x in scalars]))
+    counts.copy_(torch.tensor(has_grad))
+    ranks.all_reduce_sum(flat)
+    # read only where needed: it is a sync
+    somewhere = has_grad if all(has_grad) else counts.tolist()
+    for p, part, is_there in zip(trained, parts, somewhere, strict=True):
+        if is_there:
+            p.grad = part.view_as(p).to(p.dtype)
+    loss, *values = (total.to(x.dtype) for total, x in zip(sums, scalars, strict=True))
+    return loss, dict(zip(names, values, strict=True))
+
+
+def empty_embeddings(towers: Towers, count: int, device: torch.device) -> Tensor:
+    """Room for `count` embeddings, (count, D), in the type that a tower returns."""
+    dtype = torch.promote_types(next(towers.passage.parameters()).dtype, torch.float32)
+    return torch.empty(count, towers.width, dtype=dtype, device=device)
+
+
+def on(device: torch.device, rows: np.ndarray) -> Tensor:
+    return torch.from_numpy(rows).to(device)
+
+
+class GraphMeter:
+    """Decides which chunks keep their autograd graph, by what the graphs keep alive.
+
+    Counted are the bytes of distinct storages among saved tensors; parameters and buffers are there
+    anyway. A chunk is expected to cost what the one before it did, by token; the first is tried.
+    Once a chunk does not fit, no later one is kept. So the choice is a function of the batch, the
+    model and the budget, never of what else is in memory.
+    """
+
+    def __init__(self, module: nn.Module, budget_bytes: float):
+        self.budget, self.bytes, self.bytes_per_token = budget_bytes, 0, 0.0
+        self.has_room = budget_bytes > 0
+        own = [*module.parameters(), *module.buffers()]
+        self.seen = {x.untyped_storage().data_ptr() for x in own}
+
+    @contextmanager
+    def graph_if_room(self, num_tokens: int, *, wanted: bool) -> Iterator[None]:
+        """The context of one chunk's forward: with a graph that is measured, or without one.
+
+        has_room says afterwards whether a graph that was wanted is there and fits.
+        """
+        if wanted and self.bytes + self.bytes_per_token * num_tokens > self.budget:
+            self.has_room = False
+        if not (wanted and self.has_room):
+            with torch.no_grad():
+                yield
+            return
+        before = self.bytes
+        with saved_tensors_hooks(self._count, lambda saved: saved):
+            yield
+        self.bytes_per_token = (self.bytes - before) / num_tokens
+        self.has_room = self.bytes <= self.budget
+
+    def _count(self, saved: Tensor) -> Tensor:
+        storage = saved.untyped_storage()
+        if storage.data_ptr() not in self.seen:
+            self.seen.add(storage.data_ptr())
+            self.bytes += storage.nbytes()
+        return saved.detach()  # an output kept as it is would keep its own graph alive for ever

@@ -13,9 +13,10 @@ class Clock:
         self._examples = self._tokens = 0
         self._last = (0.0, 0, 0)
 
-    def count(self, batch: Batch) -> None:
-        self._examples += batch.num_examples
-        self._tokens += batch.num_tokens
+    def count(self, batch: Batch, num_ranks: int = 1) -> None:
+        """Of all ranks, which have as many tokens as this one but for part of a text."""
+        self._examples += batch.num_examples_global
+        self._tokens += batch.num_tokens * num_ranks
 
     def paused(self) -> "Clock":
         return self

@@ -9,6 +9,7 @@ need no branch. What is summed over ranks is not averaged: gradients are those o
 import atexit
 import logging
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ log = logging.getLogger(__name__)
 
 # Others wait while rank 0 evaluates. A rank that dies does not cost this long: its connections
 # close, and torchrun ends the rest.
-TIMEOUT = timedelta(days=7)
+TIMEOUT = timedelta(days=1)
 
 
 class RankFailed(Exception):
@@ -155,7 +156,7 @@ def init_ranks(device_name: str = "auto") -> Ranks:
     if not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if has_cuda else "gloo", timeout=TIMEOUT)
         atexit.register(dist.destroy_process_group)
-        log.info("%d processes; gradients are summed over all of them", world)
+        log.info("%d processes train together", world)
     return Ranks(dist.get_rank(), dist.get_world_size())
 
 
@@ -221,8 +222,8 @@ def _collective() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        first_line = str(error).strip().split("\n")[0]
+        reason = re.sub(r"^\[[^\]]*\]\s*", "", str(error)).split(". ")[0].strip()
         raise RankLost(
-            f"the exchange with the other ranks broke ({first_line}); if one of them failed, its"
-            f" own message says why"
+            f"the exchange with the other ranks broke ({reason}); if one of them failed, its own"
+            f" message says why"
         ) from error

@@ -28,6 +28,8 @@ PATH_KEYS = (
     "model.base",
     "data.root",
     "data.cache_dir",
+    "loss.guide",
+    "loss.teacher",
     "runs_dir",
     "model",
     "data",

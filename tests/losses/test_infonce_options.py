@@ -214,6 +214,7 @@ def test_query_negatives_without_relatives_are_refused():
         ({"negatives": ["query_query"]}, "must hold query_passage"),
         ({"negatives": ["query_passage", "query_pasage"]}, "must be one of"),
         ({"false_negative_ratio": 0.0}, r"false_negative_ratio \(0.0\) must be in"),
+        ({"guide": "", "false_negative_margin": 0.0}, "loss.guide is empty"),
         ({"guide": "m"}, "needs loss.false_negative_margin"),
         ({"teacher": "m"}, "go together"),
         ({"teacher": "m", "teacher_weight": 1.0, "guide": "n", "false_negative_margin": 0.0},
