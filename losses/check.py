@@ -59,6 +59,7 @@ def check(c: TrainConfig, *, sizes: Sequence[int] = (2, 3)) -> tuple[str, list[R
         finally:
             for process in processes:
                 process.kill()
+                process.join()  # it may be writing to the folder that goes now
             torch.set_num_threads(threads)
     spec = subject.towers.spec
     return f"{model}, {spec.kind} tower, {spec.pooling} pooling; {c.loss.kind}", rows

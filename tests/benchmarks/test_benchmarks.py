@@ -2,66 +2,45 @@
 expect."""
 
 import csv
-import json
-import os
-import subprocess
+import mmap
 import sys
-from pathlib import Path
+import time
 
 import pytest
+import torch
 
-from benchmarks.turns import append_csv, row
-
-ROOT = Path(__file__).parents[2]
-KEYS = {
-    "name",
-    "peer",
-    "precision",
-    "device",
-    "rate",
-    "peer_rate",
-    "ratio",
-    "peak_mib",
-    "peer_peak_mib",
-}
+from benchmarks.step import drop_hidden_states
+from benchmarks.turns import PeakMemory, append_csv, interleaved, row
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["step", "encode"])
-def test_a_benchmark_runs_both_sides(name, tiny_base, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("step", ["--pairs", "32", "--batch", "8"]),
+        ("step", ["--peer", "sentence-transformers-cached", "--batch", "12", "--mini-batch", "5"]),
+        ("encode", ["--texts", "24", "--passes", "2"]),
+    ],
+    ids=["step", "step-cached", "encode"],
+)
+def test_a_benchmark_runs_both_sides(name, options, tiny_base, run_benchmark):
     """One round against the real peer: a worker that dies, or a rate of the wrong thing, shows."""
-    size = (
-        ["--pairs", "32", "--batch", "8"] if name == "step" else ["--texts", "24", "--passes", "2"]
-    )
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            f"benchmarks.{name}",
-            "--base",
-            str(tiny_base),
-            "--precision",
-            "fp32",
-            "--length",
-            "32",
-            "--rounds",
-            "1",
-            "--device",
-            "cpu",
-            *size,
-            "--json",
-            str(tmp_path / "rows.json"),
-        ],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_WAIT_POLICY": "passive"},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    (found,) = json.loads((tmp_path / "rows.json").read_text())
-    assert found.keys() >= KEYS
+    model = ["--base", str(tiny_base), "--precision", "fp32", "--length", "32", "--rounds", "1"]
+    (found,) = run_benchmark(name, *model, *options)
     assert found["rate"] > 0 and found["peer_rate"] > 0 and found["peak_mib"] > 50
     assert found["ratio"] == pytest.approx(found["rate"] / found["peer_rate"], rel=0.01)
+
+
+def test_the_peer_drops_what_we_drop(tiny_base):
+    """Attention dropout, which ours lacks, slowed the peer alone."""
+    from transformers import AutoModel
+
+    model = AutoModel.from_pretrained(tiny_base)
+    drop_hidden_states(model, 0.25)
+    share = {n: m.p for n, m in model.named_modules() if isinstance(m, torch.nn.Dropout)}
+    of_attention = {n for n in share if ".self." in n}
+    assert len(of_attention) == 2 and len(share) == 7  # two layers; embeddings, two outputs each
+    assert all(p == (0.0 if n in of_attention else 0.25) for n, p in share.items())
 
 
 def test_ratio_is_the_median_of_the_rounds():
@@ -70,6 +49,37 @@ def test_ratio_is_the_median_of_the_rounds():
     peer = [{"rate": r, "peak_mib": 2, "device": "cpu"} for r in (5.0, 1.0, 2.0)]
     found = row("x", "peer", "fp32", {"rook": ours, "peer": peer})
     assert found["ratio"] == 2.0 and found["ratio_max"] == 4.0
+
+
+def test_interleaved_turns_the_order_round_and_leaves_the_first_call_out():
+    """Whoever always comes second finds warm caches; a first call loads libraries."""
+    seen: list[str] = []
+    calls = {side: (lambda turn, side=side: seen.append(f"{side}{turn}")) for side in "ab"}
+    seconds = interleaved(calls, 2, torch.device("cpu"))
+    assert seen == ["a0", "b0", "b1", "a1", "a2", "b2"]
+    assert [len(s) for s in seconds.values()] == [2, 2]
+
+
+def test_peak_memory_sees_a_buffer_that_is_gone():
+    """Looking now and then misses a short peak; looking at the end misses it too."""
+    with PeakMemory(torch.device("cpu")) as memory:
+        # not from the allocator, which may have freed memory of earlier tests at hand
+        with mmap.mmap(-1, 100 * 2**20) as buffer:
+            buffer.write(b"x" * 100 * 2**20)
+    assert 95 < memory.grown_mib < 250
+    with PeakMemory(torch.device("cpu")) as memory:
+        pass
+    assert memory.grown_mib < 50  # the peak before does not count
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="malloc tells on glibc alone")
+def test_memory_in_use_leaves_out_what_was_freed():
+    """Resident memory never says how much of it a step needs: freed buffers stay."""
+    with PeakMemory(torch.device("cpu")) as memory:
+        for _ in range(3):  # in use at one time: one of them
+            torch.ones(25 * 2**20)
+            time.sleep(0.05)
+    assert 95 < memory.in_use_mib < 110
 
 
 def test_csv_keeps_old_rows_when_a_column_is_new(tmp_path):

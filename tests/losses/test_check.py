@@ -18,6 +18,15 @@ from losses.comparisons import Row, Subject, Values, compare_ranks
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Models of a few thousand weights compute faster than a second thread wakes up."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.mark.slow
 def test_command_passes_on_the_quickstart(tmp_path):
     """All of it as a user runs it: Hydra, three processes, table, file, exit code."""
@@ -43,6 +52,8 @@ def test_command_passes_on_the_quickstart(tmp_path):
 
 def run(monkeypatch, *args: str) -> int:
     monkeypatch.setattr(sys, "argv", ["check.py", *args])
+    for name, value in (("HF_HUB_OFFLINE", "1"), ("TRANSFORMERS_VERBOSITY", "error")):
+        monkeypatch.setenv(name, value)  # the command sets them: this takes it back
     try:
         check.main()
     except SystemExit as left:
@@ -108,7 +119,6 @@ def test_an_experiment_in_a_folder_of_its_own(tmp_path):
 @pytest.fixture(scope="module")
 def subject(tmp_path_factory) -> Subject:
     """The quickstart: Matryoshka, symmetric, half of its layers frozen."""
-    torch.set_num_threads(1)
     c, _ = check.compose(["+experiment=quickstart"])
     small, _ = tiny.shrink(c, tmp_path_factory.mktemp("check") / "base")
     subject = Subject(small)

@@ -13,6 +13,16 @@ from models.build import build_model
 from models.export import export
 from models.transformer import Encoder
 
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Models of a few thousand weights compute faster than a second thread wakes up."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 CONFIGS = {
     "modernbert": {
         "model_type": "modernbert", "hidden_size": 768, "num_hidden_layers": 22,
@@ -44,7 +54,6 @@ ON_LOSSES = tuple(f for f in comparisons.COMPARISONS if f not in ON_MODELS[:3])
 
 def failures(folder, chosen, *args: str) -> tuple[Subject, dict[str, float]]:
     """What is out of bounds, of some comparisons on a command line's words."""
-    torch.set_num_threads(1)
     c, _ = check.compose([*args])
     small, _ = tiny.shrink(c, folder / "tiny")
     subject = Subject(small)

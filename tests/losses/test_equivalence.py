@@ -112,6 +112,16 @@ def test_sigmoid_loss_equals_the_specification(temperature, bias, dims):
         assert difference(found, expected) <= 1e-9
 
 
+@pytest.mark.xfail(strict=True, reason="losses/sigmoid.py: F.softplus of the pairs at threshold 20")
+def test_sigmoid_loss_of_a_hopeless_pair():
+    """Cosine -1 at a start of -10: softplus(20.1) has a slope of 1 - 2e-9, not 1."""
+    c = LossConfig(kind="sigmoid", temperature=0.0985)
+    at, e_22 = torch.arange(2), torch.eye(2, dtype=torch.float64)
+    targets = Targets(at, at, torch.ones(2), at[:, None], num_examples=2)
+    found = on_embeddings(exact_loss(c), e_22, -e_22, targets)
+    assert difference(found, on_embeddings(Dense(c), e_22, -e_22, targets)) <= 1e-9
+
+
 @pytest.mark.parametrize("symmetric", [0.0, 0.4])
 def test_specification_equals_the_basic_dense_form(symmetric):
     """losses.infonce.infonce was written before the options were, against loops."""

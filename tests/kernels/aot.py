@@ -1,0 +1,129 @@
+"""Compile the shipped kernels ahead of time: python tests/kernels/aot.py --arch 90
+
+Needs no GPU, only the compiler inside triton; TRITON_INTERPRET must be unset. Prints one JSON line
+per kernel: registers, stack (spills), shared memory and the tensor-core instructions of each.
+"""
+
+import argparse
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+ROOT = Path(__file__).parents[2]
+DIMS = {"one": (768,), "both": (768,), "many": (64, 128, 256, 512, 768)}
+BOTH = "columns row_limit column_limit"
+DTYPES = {"bf16": 2, "fp16": 2, "fp32": 4}
+
+
+def load_kernels():
+    path = ROOT / "kernels" / "infonce_triton.py"
+    spec = importlib.util.spec_from_file_location("infonce_triton", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["infonce_triton"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def cases(module, arch: int, dims: list[str], options: list[str], dtypes: list[str]):
+    """(kernel, dims, dtype, options) of every shipped tile with those options."""
+    tiles = module.TILES_90 if arch == 90 else module.TILES_80
+    for kernel, of, size in tiles:
+        for dtype in dtypes:
+            if of not in dims or DTYPES[dtype] != size or (kernel == "exps" and dtype == "fp16"):
+                continue
+            if of == "both":
+                yield kernel, of, dtype, BOTH
+            elif kernel == "exps":
+                yield kernel, of, dtype, "row_limit"
+            else:
+                # one dim with both limits may have a tile of its own
+                is_other = of == "one" and (kernel, "both", size) in tiles
+                own = [o for o in options if not (o == BOTH and is_other)]
+                yield from ((kernel, of, dtype, option) for option in own)
+
+
+def compile_case(module, kernel: str, many: str, dtype: str, option: str, arch: int, tile=None):
+    function = getattr(module, f"_{kernel}_kernel")
+    tiles = module.TILES_90 if arch >= 90 else module.TILES_80
+    tile = tile or tiles[kernel, many, DTYPES[dtype]]
+    dims = DIMS[many]
+    constants = {
+        "S": dims[-1], "ENDS": dims, "M": len(dims), "HELD": min(tile.held, len(dims) - 1),
+        "BR": tile.rows, "BC": tile.columns, "BF": tile.features, "GROUP": module._GROUP,
+        "ROW_LIMIT": "row_limit" in option, "COLUMN_LIMIT": "column_limit" in option,
+        "COLUMNS": "columns" in option.split(), "TMA": tile.tma, "PRECISION": "ieee",
+        "UPCAST": False,
+    }  # fmt: skip
+    names = function.arg_names
+    signature, attributes = {}, {}
+    for i, name in enumerate(names):
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name == "relatives":
+            signature[name] = "*i32"
+        elif name in ("q", "p") and tile.tma:
+            block = tile.rows if name == "q" else tile.columns
+            signature[name] = f"tensordesc<{dtype}[{block}, {tile.features}]>"
+        elif name in ("q", "p", "planes", "exps"):
+            signature[name] = f"*{dtype}"
+        elif name in ("c", "N", "K") or name.endswith(("stride", "_rows", "_columns")):
+            signature[name] = "i32"
+        else:
+            signature[name] = "*fp32"
+        # as at run time: pointers and sizes that 16 divides are known as such; K is not
+        if name != "K" and signature[name][0] in "*i":
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    constants = {(names.index(n),): v for n, v in constants.items() if n in names}
+    start = time.monotonic()
+    source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=attributes)
+    compiled = triton.compile(
+        source,
+        target=GPUTarget("cuda", arch, 32),
+        options={"num_warps": tile.warps, "num_stages": tile.stages},
+    )
+    ptx = compiled.asm["ptx"]
+    registers, stack = _resources(compiled.asm["cubin"])
+    return {
+        "kernel": kernel, "dims": len(dims), "dtype": dtype, "options": option, "arch": arch,
+        "tile": f"{tile.rows}x{tile.columns}x{tile.features}", "warps": tile.warps,
+        "stages": tile.stages, "held": constants.get((names.index("HELD"),), 0)
+        if "HELD" in names else 0,
+        "registers": registers, "stack_bytes": stack, "shared_bytes": compiled.metadata.shared,
+        "wgmma": ptx.count("wgmma.mma_async"), "mma": ptx.count("mma.sync"),
+        "async_copies": ptx.count("cp.async.cg.shared"),
+        "compile_s": round(time.monotonic() - start, 1),
+    }  # fmt: skip
+
+
+def _resources(cubin: bytes) -> tuple[int, int]:
+    """(registers a thread, bytes of stack a thread: spills) by the dumper that triton ships."""
+    dumper = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
+        f.write(cubin)
+        f.flush()
+        out = subprocess.run([dumper, "-res-usage", f.name], capture_output=True, text=True)
+    found = re.search(r"REG:(\d+) STACK:(\d+)", out.stdout + out.stderr)
+    if not found:
+        raise RuntimeError(f"cuobjdump says nothing of registers: {out.stdout} {out.stderr}")
+    return int(found[1]), int(found[2])
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--arch", type=int, default=90, choices=(90, 80))
+    parser.add_argument("--dims", nargs="+", default=list(DIMS), choices=list(DIMS))
+    parser.add_argument("--options", nargs="+", default=["", "columns", BOTH])
+    parser.add_argument("--dtypes", nargs="+", default=["bf16", "fp32"], choices=list(DTYPES))
+    args = parser.parse_args()
+    module = load_kernels()
+    for case in cases(module, args.arch, args.dims, args.options, args.dtypes):
+        print(json.dumps(compile_case(module, *case, args.arch)), flush=True)
