@@ -34,15 +34,25 @@ setup: .venv/dev
 	$(PIP) -c constraints.txt -e ".[dev]"
 	@touch $@
 
+# every benchmark on this machine, one after the other, rows to benchmarks/data/; keep it otherwise
+# idle. On two cores without bf16 expect about two hours, of which the peers take more than half
 bench: .venv/dev
 	$(BIN)/python -m benchmarks.step --csv
+	$(BIN)/python -m benchmarks.step --peer sentence-transformers-cached --csv
+	$(BIN)/python -m benchmarks.step --peer direct --csv
 	$(BIN)/python -m benchmarks.encode --csv
+	$(BIN)/python -m benchmarks.infonce --csv
+	$(BIN)/python -m benchmarks.memory --csv --figure
 
-# on a machine with a CUDA device: the GPU tests, then both benchmarks; rows go to benchmarks/data/
+# on a machine with a CUDA device: the GPU tests, then the same benchmarks there
 gpu:
 	$(PYTHON) -m pytest -m gpu
 	$(PYTHON) -m benchmarks.step --device cuda --csv
+	$(PYTHON) -m benchmarks.step --peer sentence-transformers-cached --device cuda --csv
+	$(PYTHON) -m benchmarks.step --peer direct --device cuda --csv
 	$(PYTHON) -m benchmarks.encode --device cuda --csv
+	$(PYTHON) -m benchmarks.infonce --device cuda --csv
+	$(PYTHON) -m benchmarks.memory --device cuda --csv
 
 clean:
 	rm -rf .venv .pytest_cache .ruff_cache

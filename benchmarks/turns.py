@@ -1,12 +1,12 @@
-"""Ours against a peer in one run: each side in a process of its own, by turns, medians, peak
-memory.
+"""Ours against a peer in one run: by turns, medians of paired ratios, peak memory.
 
 Rows have the keys name, peer, precision, device, rate, peer_rate, ratio, peak_mib, peer_peak_mib,
-and what else a
-benchmark adds.
+and what else a benchmark adds.
 """
 
 import csv
+import ctypes
+import gc
 import json
 import os
 import platform
@@ -15,10 +15,12 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import date
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 
@@ -54,6 +56,27 @@ def by_turns(
                 file=sys.stderr,
             )
     return results
+
+
+def interleaved(
+    calls: Mapping[str, Callable[[int], object]], rounds: int, device: torch.device
+) -> dict[str, list[float]]:
+    """Seconds of `rounds` calls of each side within this process, the order turned round each time.
+
+    Two processes meet different minutes of a shared machine and different addresses; neighbouring
+    calls in one process meet neither. A call is given the number of its round; round 0 warms up and
+    is not counted.
+    """
+    seconds: dict[str, list[float]] = {side: [] for side in calls}
+    for turn in range(rounds + 1):
+        for side in list(calls) if turn % 2 == 0 else list(calls)[::-1]:
+            synchronise(device)
+            began = clock()
+            calls[side](turn)
+            synchronise(device)
+            if turn:
+                seconds[side].append(clock() - began)
+    return seconds
 
 
 def row(
@@ -164,33 +187,93 @@ def device_name(device: torch.device) -> str:
 class PeakMemory:
     """Largest memory of this process while open, in MiB: resident on a CPU, allocated on CUDA.
 
-    `grown_mib` is the growth over what was resident at the start.
+    mib         the whole
+    grown_mib   what it is above the state at the start
+    in_use_mib  growth of what was in use at one time: resident memory holds freed buffers too, and
+                glibc's heap has holes
+    Linux keeps the mark of the highest resident memory itself; what is in use, and all elsewhere,
+    is looked at every 10 ms, which misses a shorter peak.
     """
 
     def __init__(self, device: torch.device):
         self.device = device
-        self.mib = self.grown_mib = 0.0
+        self.mib = self.grown_mib = self.in_use_mib = 0.0
         self._stop = threading.Event()
 
     def __enter__(self) -> "PeakMemory":
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
+            self._start = torch.cuda.memory_allocated(self.device) / 2**20
+            return self
+        self._has_mark = _reset_mark()
         self._start = self.mib = resident_mib()
+        self._start_in_use = self._in_use = in_use_mib()
         self._watch = threading.Thread(target=self._poll, daemon=True)
         self._watch.start()
         return self
 
     def _poll(self) -> None:
-        while not self._stop.wait(0.02):
-            self.mib = max(self.mib, resident_mib())
+        while not self._stop.wait(0.01):
+            self._in_use = max(self._in_use, in_use_mib())
+            if not self._has_mark:
+                self.mib = max(self.mib, resident_mib())
 
     def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._watch.join()
         if self.device.type == "cuda":
-            self.mib = self.grown_mib = torch.cuda.max_memory_allocated(self.device) / 2**20
+            self.mib = torch.cuda.max_memory_allocated(self.device) / 2**20
+            self.in_use_mib = self.mib - self._start
         else:
-            self.grown_mib = self.mib - self._start
+            self._stop.set()
+            self._watch.join()
+            self.mib = max(self.mib, _mark_mib()) if self._has_mark else self.mib
+            self.in_use_mib = self._in_use - self._start_in_use
+        self.grown_mib = self.mib - self._start
+
+
+class _Mallinfo2(ctypes.Structure):
+    """glibc's malloc.h"""
+
+    _fields_: ClassVar = [
+        (name, ctypes.c_size_t)
+        for name in (
+            *("arena", "ordblks", "smblks", "hblks", "hblkhd"),
+            *("usmblks", "fsmblks", "uordblks", "fordblks", "keepcost"),
+        )
+    ]
+
+
+@cache
+def _mallinfo2() -> Callable[[], _Mallinfo2] | None:
+    try:
+        found = ctypes.CDLL(None).mallinfo2  # glibc 2.33
+    except (AttributeError, OSError, TypeError):
+        return None
+    found.restype = _Mallinfo2
+    return found
+
+
+def in_use_mib() -> float:
+    """What malloc has given out and not got back; resident memory where it does not say."""
+    ask = _mallinfo2()
+    if ask is None:
+        return resident_mib()
+    info = ask()
+    return (info.uordblks + info.hblkhd) / 2**20
+
+
+def _reset_mark() -> bool:
+    """Set this process's mark of highest resident memory to what is resident now; False where it
+    cannot be."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # 5: the mark alone (man 5 proc)
+        return _mark_mib() > 0
+    except OSError:
+        return False
+
+
+def _mark_mib() -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM:")), 0.0)
 
 
 def resident_mib() -> float:
@@ -200,6 +283,15 @@ def resident_mib() -> float:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def release_freed_memory() -> None:
+    """Give back what was freed, so that memory measured next is not found among the leftovers."""
+    gc.collect()
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # glibc
+    except (AttributeError, OSError, TypeError):  # elsewhere growth is a little too small
+        pass
 
 
 def synchronise(device: torch.device) -> None:
