@@ -21,6 +21,7 @@ from data.teacher import open_guide
 from evals.final import check_dev, evaluate_base, evaluate_dev, write_result
 from losses.build import build_loss
 from losses.grad_cache import Guide, train_step
+from models.attention import leave_out_of_compilation
 from models.build import build_model
 from models.towers import Towers
 from runtime import checkpoint
@@ -145,6 +146,7 @@ def prepare_runtime(towers: Towers, c: TrainConfig) -> None:
     for tower in {id(t): t for t in (towers.query, towers.passage)}.values():
         tower.encoder.activation_checkpointing = c.runtime.activation_checkpointing
         if c.runtime.compile:
+            leave_out_of_compilation()
             for layer in tower.encoder.layers:
                 layer.compile(dynamic=True)
 

@@ -16,7 +16,8 @@ that are no relatives of b, A_b the queries that are none, and per Matryoshka di
 
 symmetric        (1 - s) pair + s softplus(lc - z(b,j)), lc = log sum_{a: j in N_a} e^{z(a,j)}
 false negatives  a cell is left out where its cosine > limit; limit = c + margin, ratio * c, or the
-                 smaller, c the cosine of b's best positive (for lc: of j's best query), detached
+                 smaller, c the cosine of b's best positive (for passage_query and lc: of j's best
+                 query), detached
                  (Qwen3 eq. 1: margin .1; Moreira et al. 2024, NV-Retriever, sec. 3: ratio .95).
                  With a guide all three cosines are the guide's (Solatorio 2024, GISTEmbed, sec. 3)
 hardness h       negatives enter as z + h sg(cosine), sg without gradient (Lan et al. 2025, LLaVE)

@@ -33,7 +33,8 @@ class Sigmoid(InfoNCE):
         scale = 1 / self.temperature
         pairs = targets.pair_query_P, targets.pair_passage_P
         z_MP = positive_scores(q_BD, p_ND, scale, *pairs, dims=dims)
-        positive_M = (F.softplus(-z_MP - self.bias) * targets.pair_weight_P).sum(1)
+        pair_MP = F.softplus(-z_MP - self.bias, threshold=40)  # 20, the default: 2e-9 off
+        positive_M = (pair_MP * targets.pair_weight_P).sum(1)
         sums = similarity_sums(
             q_BD, p_ND, scale, dims=dims, relatives_BK=targets.relatives_BK, want=("softplus",),
             bias=self.bias,

@@ -214,12 +214,12 @@ class _Chunk:
 
     def __init__(self, job: _Job, at: slice, cells: tuple[Tensor, Tensor] | None):
         self.job, self.at, self.cells = job, at, cells
-        limits, teacher = job.limits, job.teacher
+        limits, teacher, dtype = job.limits, job.teacher, job.scale.dtype
         self.guide_cN = self.label_cN = None
         if limits is not None and limits.guide_q_BE is not None:
-            self.guide_cN = limits.guide_q_BE[at] @ limits.guide_p_NE.T
+            self.guide_cN = limits.guide_q_BE[at].to(dtype) @ limits.guide_p_NE.to(dtype).T
         if teacher is not None:
-            score_cN = teacher.q_BE[at] @ teacher.p_NE.T
+            score_cN = teacher.q_BE[at].to(dtype) @ teacher.p_NE.to(dtype).T
             self.label_cN = torch.softmax(score_cN / teacher.temperature, 1)
 
     def leave_out(self, x_cN: Tensor, z_cN: Tensor, m: int, axis: str, value: float) -> Tensor:

@@ -7,6 +7,7 @@ C = H * K.
 import inspect
 import logging
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -73,7 +74,16 @@ _NAMES = {
 _logged: set[str] = set()
 
 
-@torch.compiler.disable  # lengths differ every step: traced, each would be a new program
+def leave_out_of_compilation() -> None:
+    """Call before a layer is compiled: attention then runs as it is written.
+
+    Lengths differ every step: traced, each would be a new program. Not a decorator, because that
+    alone loads the compiler and doubles the time in which every program starts.
+    """
+    global _untraced
+    _untraced = torch.compiler.disable(_attend)
+
+
 def attend(
     qkv_T3HK: Tensor,
     packed: "Packed",
@@ -88,6 +98,20 @@ def attend(
     half_window  a token sees this many to each side; 0: all
     dropout      of the probabilities
     """
+    run = _untraced if torch.compiler.is_compiling() else _attend
+    return run(qkv_T3HK, packed, bias_HLL, half_window, dropout)
+
+
+_untraced: Callable[..., Tensor] | None = None
+
+
+def _attend(
+    qkv_T3HK: Tensor,
+    packed: "Packed",
+    bias_HLL: Tensor | None,
+    half_window: int,
+    dropout: float,
+) -> Tensor:
     kind, dtype = qkv_T3HK.device.type, qkv_T3HK.dtype
     way = choose_attention(kind, dtype, bias=bias_HLL is not None, dropout=dropout)
     if way == "varlen" and half_window and not _varlen_has_window():
@@ -149,7 +173,10 @@ class GroupedAttention(torch.autograd.Function):
         _, _, H, K = qkv_T3HK.shape
         grad_qkv_T3HK = torch.empty_like(qkv_T3HK)
         wants_bias = bias_HLL is not None and ctx.needs_input_grad[1]
-        grad_bias_HLL = torch.zeros_like(bias_HLL, dtype=torch.float32) if wants_bias else None
+        grad_bias_HLL = None
+        if wants_bias:
+            wide = torch.promote_types(bias_HLL.dtype, torch.float32)
+            grad_bias_HLL = torch.zeros_like(bias_HLL, dtype=wide)
         for i, (first, count, length) in enumerate(ctx.groups):
             tokens = slice(first, first + count * length)
             q, k, v = _heads_first(qkv_T3HK[tokens], count, length)
@@ -166,7 +193,7 @@ class GroupedAttention(torch.autograd.Function):
                 dp = torch.matmul(g, v.transpose(-1, -2))
                 ds = torch._softmax_backward_data(dp, p, -1, p.dtype)
                 if wants_bias:
-                    grad_bias_HLL[:, :length, :length] += ds.sum(0, dtype=torch.float32)
+                    grad_bias_HLL[:, :length, :length] += ds.sum(0, dtype=wide)
                 dv = torch.matmul(p.transpose(-1, -2), g)
                 ds = ds.mul_(1 / math.sqrt(K))
                 dq, dk = torch.matmul(ds, k), torch.matmul(ds.transpose(-1, -2), q)

@@ -21,7 +21,7 @@ from triton.compiler import ASTSource
 ROOT = Path(__file__).parents[2]
 DIMS = {"one": (768,), "both": (768,), "many": (64, 128, 256, 512, 768)}
 BOTH = "columns row_limit column_limit"
-DTYPES = {"bf16": 2, "fp16": 2, "fp32": 4}
+DTYPES = {"bf16": 2, "fp16": 2, "fp32": 4, "tf32": 4}  # tf32: float32, multiplied fast
 
 
 def load_kernels():
@@ -60,9 +60,10 @@ def compile_case(module, kernel: str, many: str, dtype: str, option: str, arch: 
         "S": dims[-1], "ENDS": dims, "M": len(dims), "HELD": min(tile.held, len(dims) - 1),
         "BR": tile.rows, "BC": tile.columns, "BF": tile.features, "GROUP": module._GROUP,
         "ROW_LIMIT": "row_limit" in option, "COLUMN_LIMIT": "column_limit" in option,
-        "COLUMNS": "columns" in option.split(), "TMA": tile.tma, "PRECISION": "ieee",
-        "UPCAST": False,
+        "COLUMNS": "columns" in option.split(), "TMA": tile.tma, "UPCAST": False,
+        "PRECISION": "tf32" if dtype == "tf32" else "ieee",
     }  # fmt: skip
+    element = "fp32" if dtype == "tf32" else dtype
     names = function.arg_names
     signature, attributes = {}, {}
     for i, name in enumerate(names):
@@ -72,9 +73,9 @@ def compile_case(module, kernel: str, many: str, dtype: str, option: str, arch: 
             signature[name] = "*i32"
         elif name in ("q", "p") and tile.tma:
             block = tile.rows if name == "q" else tile.columns
-            signature[name] = f"tensordesc<{dtype}[{block}, {tile.features}]>"
+            signature[name] = f"tensordesc<{element}[{block}, {tile.features}]>"
         elif name in ("q", "p", "planes", "exps"):
-            signature[name] = f"*{dtype}"
+            signature[name] = f"*{element}"
         elif name in ("c", "N", "K") or name.endswith(("stride", "_rows", "_columns")):
             signature[name] = "i32"
         else:

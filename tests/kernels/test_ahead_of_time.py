@@ -25,7 +25,7 @@ def check(rows: list[dict]) -> None:
     for row in rows:
         assert row["stack_bytes"] == 0, f"spills: {row}"
         assert row["shared_bytes"] <= SHARED_BYTES[row["arch"]], row
-        if row["dtype"] != "fp32":  # float32 in full precision has no tensor cores
+        if row["dtype"] != "fp32":  # float32 in full precision has no tensor-core form
             assert row["wgmma" if row["arch"] == 90 else "mma"] > 0, f"no tensor cores: {row}"
 
 
@@ -38,5 +38,8 @@ def test_one_dim_for_sm_90():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ["90", "80"])
-def test_every_tile_and_type(arch):
-    check(compiled("--arch", arch))
+def test_every_tile_with_all_options(arch):
+    rows = compiled("--arch", arch)
+    check(rows)
+    assert {row["dims"] for row in rows} == {1, 5}
+    check(compiled("--arch", arch, "--dtypes", "tf32", "fp16", "--options", "columns"))

@@ -98,14 +98,7 @@ def on_model(tmp_path, *args: str) -> tuple[Subject, dict[str, float]]:
     return failures(tmp_path, ON_MODELS, "model=custom", "data=toy", *args)
 
 
-IN_FLOAT32 = pytest.mark.xfail(
-    strict=True, reason="models/attention.py sums the relative bias's gradient in float32"
-)
-
-
-@pytest.mark.parametrize(
-    "name", ["modernbert", "xlm-roberta", pytest.param("mpnet", marks=IN_FLOAT32)]
-)
+@pytest.mark.parametrize("name", ["modernbert", "xlm-roberta", "mpnet"])
 def test_layouts(name, tmp_path):
     """The stand-in has the base's layout: its windows, offsets and biases are chunked too."""
     base = base_of(tmp_path, CONFIGS[name])

@@ -112,7 +112,6 @@ def test_sigmoid_loss_equals_the_specification(temperature, bias, dims):
         assert difference(found, expected) <= 1e-9
 
 
-@pytest.mark.xfail(strict=True, reason="losses/sigmoid.py: F.softplus of the pairs at threshold 20")
 def test_sigmoid_loss_of_a_hopeless_pair():
     """Cosine -1 at a start of -10: softplus(20.1) has a slope of 1 - 2e-9, not 1."""
     c = LossConfig(kind="sigmoid", temperature=0.0985)
