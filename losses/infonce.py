@@ -1,4 +1,4 @@
-"""InfoNCE: the specification in plain torch, and the same with every option at any size.
+"""InfoNCE with every option at any size: a few lines on sums that never need a whole matrix.
 
 Shapes: B queries of this rank, A queries of all ranks, N candidate passages of all ranks (positives
 and negatives of all queries), D embedding, P (query, positive) pairs, K known relatives of a query
@@ -27,6 +27,8 @@ label_smoothing  + e (z(b,j) - mean of z over the pair's positive and negatives)
                  (Szegedy et al. 2016, sec. 7)
 teacher          (1 - w) loss + w mean_b KL(softmax(teacher cosine / teacher temperature) ||
                  softmax(z(b, .))) over all candidates
+
+losses/specification.py has the same as whole matrices; losses/check.py compares the two.
 """
 
 import math
@@ -79,60 +81,6 @@ class Targets:
     query_relatives_BK: Tensor | None = None
     guide_query_AE: Tensor | None = None
     guide_passage_NE: Tensor | None = None
-
-
-def infonce(
-    q_BD: Tensor,
-    p_ND: Tensor,
-    targets: Targets,
-    *,
-    temperature: float | Tensor,
-    symmetric: float = 0.0,
-) -> tuple[Tensor, Tensor]:
-    """Mean InfoNCE loss in nats, and the scores (B, N) it was computed from.
-
-    For a pair (b, j):  softplus(log sum_{n negative of b} exp(z_bn) - z_bj)  with  z = q.p /
-                        temperature,
-    which equals -log softmax over j and the negatives of b; other positives of b are in neither.
-    q_BD, p_ND   unit-norm embeddings of any float dtype; scores are computed in float32 (float64
-                 for float64)
-    temperature  > 0
-    symmetric    weight s of the passage-to-query direction: (1 - s) rows + s columns; a query is no
-                 negative of a
-                 passage that is its relative
-    Raises ValueError when shapes disagree or the temperature is not positive.
-    Source: van den Oord et al. 2018, eq. 4; in-batch form as in Karpukhin et al. 2020, sec. 3.2;
-    the positive is kept
-    out of the sum so that neither loss nor gradient cancels (docs/numerics.md).
-    """
-    if q_BD.ndim != 2 or p_ND.ndim != 2 or q_BD.shape[1] != p_ND.shape[1]:
-        raise ValueError(
-            f"infonce: q {tuple(q_BD.shape)}, p {tuple(p_ND.shape)}; want (B, D), (N, D)"
-        )
-    if len(targets.relatives_BK) != len(q_BD):
-        raise ValueError(
-            f"infonce: relatives of {len(targets.relatives_BK)} queries, want {len(q_BD)}"
-        )
-    if float(temperature) <= 0:
-        raise ValueError(f"infonce: temperature must be > 0, got {float(temperature)}")
-    wide = torch.promote_types(q_BD.dtype, torch.float32)
-    with torch.autocast(q_BD.device.type, enabled=False):
-        scores_BN = (q_BD.to(wide) @ p_ND.to(wide).T) / temperature
-        row_R, slot_R = (targets.relatives_BK >= 0).nonzero(as_tuple=True)
-        column_R = targets.relatives_BK[row_R, slot_R]
-        nothing = scores_BN.new_tensor(-math.inf)
-        negatives_BN = scores_BN.index_put((row_R, column_R), nothing)
-        positive_P = scores_BN[targets.pair_query_P, targets.pair_passage_P]
-        loss_P = _softplus(torch.logsumexp(negatives_BN, 1)[targets.pair_query_P] - positive_P)
-        if symmetric:
-            column_P = torch.logsumexp(negatives_BN, 0)[targets.pair_passage_P]
-            loss_P = (1 - symmetric) * loss_P + symmetric * _softplus(column_P - positive_P)
-        loss = (loss_P * targets.pair_weight_P).sum() / targets.num_examples
-    return loss, scores_BN
-
-
-def _softplus(x: Tensor) -> Tensor:
-    return F.softplus(x, threshold=40)  # torch's default of 20 is 2e-9 off: visible in float64
 
 
 class InfoNCE(nn.Module):

@@ -132,6 +132,7 @@ def positive_scores(
 ) -> Tensor:
     """z of single cells, (M, P): the other half of the primitive. Arguments as similarity_sums."""
     dims = [q_BD.shape[-1]] if dims is None else list(dims)
+    _check(q_BD, p_ND, dims, None)
     wide = torch.promote_types(q_BD.dtype, torch.float32)
     with torch.autocast(q_BD.device.type, enabled=False):
         q_PD, p_PD = q_BD[pair_query_P].to(wide), p_ND[pair_passage_P].to(wide)
@@ -161,13 +162,13 @@ def _segments(dims: Sequence[int]) -> list[tuple[int, int]]:
 def _check(q_BD: Tensor, p_ND: Tensor, dims: list[int], relatives_BK: Tensor | None) -> None:
     if q_BD.ndim != 2 or p_ND.ndim != 2 or q_BD.shape[1] != p_ND.shape[1]:
         raise ValueError(
-            f"similarity_sums: q {tuple(q_BD.shape)}, p {tuple(p_ND.shape)}; want (B, D), (N, D)"
+            f"similarities: q {tuple(q_BD.shape)}, p {tuple(p_ND.shape)}; want (B, D), (N, D)"
         )
     if dims != sorted(set(dims)) or not 0 < dims[0] <= dims[-1] <= q_BD.shape[1]:
-        raise ValueError(f"similarity_sums: dims {dims} must ascend from 1 to {q_BD.shape[1]}")
+        raise ValueError(f"similarities: dims {dims} must ascend from 1 to {q_BD.shape[1]}")
     if relatives_BK is not None and len(relatives_BK) != len(q_BD):
         raise ValueError(
-            f"similarity_sums: relatives of {len(relatives_BK)} queries, want {len(q_BD)}"
+            f"similarities: relatives of {len(relatives_BK)} queries, want {len(q_BD)}"
         )
 
 

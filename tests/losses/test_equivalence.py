@@ -14,7 +14,7 @@ from conf.schema import LossConfig
 from losses import similarity
 from losses.comparisons import Dense, chunks_of, difference, exact_loss, on_embeddings
 from losses.grad_cache import targets_on
-from losses.infonce import InfoNCE, Targets, dims_of_step, infonce
+from losses.infonce import InfoNCE, Targets, dims_of_step
 from losses.similarity import Limits, Teacher, similarity_sums
 from losses.specification import specification
 from losses.tiny import sample
@@ -119,18 +119,6 @@ def test_sigmoid_loss_of_a_hopeless_pair():
     targets = Targets(at, at, torch.ones(2), at[:, None], num_examples=2)
     found = on_embeddings(exact_loss(c), e_22, -e_22, targets)
     assert difference(found, on_embeddings(Dense(c), e_22, -e_22, targets)) <= 1e-9
-
-
-@pytest.mark.parametrize("symmetric", [0.0, 0.4])
-def test_specification_equals_the_basic_dense_form(symmetric):
-    """losses.infonce.infonce was written before the options were, against loops."""
-    s = sample(7, 9, seed=1)
-    q_AD, p_ND = embeddings(s)
-    targets = targets_on(s.batch, CPU)
-    c = LossConfig(symmetric=symmetric)
-    expected, _ = infonce(q_AD, p_ND, targets, temperature=0.05, symmetric=symmetric)
-    found = specification(c, q_AD, p_ND, targets, temperature=0.05)
-    assert found.item() == pytest.approx(expected.item(), rel=1e-12)
 
 
 def test_specification_by_hand():

@@ -1,4 +1,4 @@
-"""The specification of the loss against loops in float64 and against other libraries' formulas."""
+"""The plain loss against loops in float64 and against other libraries' formulas."""
 
 import math
 
@@ -7,12 +7,19 @@ import torch
 import torch.nn.functional as F
 
 from conf.schema import LossConfig
-from losses.infonce import InfoNCE, Targets, infonce
+from losses.infonce import InfoNCE, Targets
 
 
 def unit(*shape, seed=0):
     x = torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     return F.normalize(x, dim=-1)
+
+
+def infonce(q_BD, p_ND, targets, *, temperature, symmetric=0.0):
+    """The loss at exactly this temperature, in the embeddings' type."""
+    module = InfoNCE(LossConfig(temperature=temperature, symmetric=symmetric)).to(q_BD.dtype)
+    module.log_temperature.fill_(math.log(temperature))
+    return module(q_BD, p_ND, targets)
 
 
 def plain_targets(B: int) -> Targets:
