@@ -60,8 +60,9 @@ def train(c: TrainConfig, run_dir: Path) -> None:
         tokenizers = towers.tokenizer_query, towers.tokenizer_passage
         data = open_data(c.data, towers.spec, *tokenizers, seed=c.seed)
         check_dev(c, data)
+        check_backend(c, device)
         guide = guide_of(c, data, device)
-        loss_fn = build_loss(c.loss, seed=c.seed).to(device)
+        loss_fn = build_loss(c.loss, seed=c.seed, precision=precision).to(device)
         optimizer = build_optimizer(towers, loss_fn, c.optim)
     # before a single step; a resumed run reads what it was
     base = ranks.on_main(evaluate_base, towers, data, dims, run_dir, precision=precision)
@@ -139,6 +140,14 @@ def guide_of(c: TrainConfig, data: Data, device: torch.device) -> Guide | None:
     return open_guide(
         model, data, cache_dir=c.data.cache_dir, device=device, precision=c.runtime.precision
     )
+
+
+def check_backend(c: TrainConfig, device: torch.device) -> None:
+    """Raise ValueError when the kernels are asked for where they cannot run."""
+    if c.loss.backend == "triton" and device.type != "cuda":
+        raise ValueError(
+            f"loss.backend=triton needs a CUDA device, got {device.type}; use loss.backend=auto"
+        )
 
 
 def prepare_runtime(towers: Towers, c: TrainConfig) -> None:

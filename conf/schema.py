@@ -118,6 +118,8 @@ class LossConfig:
     dims: list[int] = field(default_factory=list)  # Matryoshka; empty: the full dimension alone
     dim_weights: list[float] = field(default_factory=list)  # one a dim; empty: all 1
     dims_per_step: int = 0  # a seeded sample of the dims each step; 0: all
+    # auto (today: torch) | torch (chunks) | triton (kernels/, on CUDA) | dense (one matrix)
+    backend: str = "auto"
 
     @property
     def query_negatives(self) -> bool:
@@ -125,6 +127,7 @@ class LossConfig:
 
     def __post_init__(self) -> None:
         _one_of("loss.kind", self.kind, ("infonce", "sigmoid"))
+        _one_of("loss.backend", self.backend, ("auto", "torch", "triton", "dense"))
         _require(
             self.temperature > 0,
             f"loss.temperature ({self.temperature}) must be > 0; common values are 0.01 to 0.1"

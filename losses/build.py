@@ -2,6 +2,7 @@
 
 import logging
 
+import torch
 from torch import nn
 
 from conf.schema import LossConfig
@@ -11,10 +12,18 @@ from losses.sigmoid import Sigmoid
 log = logging.getLogger(__name__)
 
 KINDS = {"infonce": InfoNCE, "sigmoid": Sigmoid}
+BACKENDS = {"triton": "Triton kernels", "dense": "one matrix in torch"}
 
 
-def build_loss(c: LossConfig, seed: int = 0) -> nn.Module:
-    """The loss module; `seed` draws the dims of a step where loss.dims_per_step asks for it."""
+def build_loss(c: LossConfig, seed: int = 0, *, precision: str = "fp32") -> nn.Module:
+    """The loss module.
+
+    seed       draws the dims of a step where loss.dims_per_step asks for it
+    precision  fp32 | bf16: with bf16 the kernels multiply embeddings rounded to bfloat16; torch
+               computes in float32 whatever it is
+    """
     learned = " (learned)" if c.learn_temperature else ""
-    log.info("loss: %s in chunked torch, temperature %g%s", c.kind, c.temperature, learned)
-    return KINDS[c.kind](c, seed)
+    way = BACKENDS.get(c.backend, "chunks in torch")
+    log.info("loss: %s, %s, temperature %g%s", c.kind, way, c.temperature, learned)
+    rounds = c.backend == "triton" and precision == "bf16"
+    return KINDS[c.kind](c, seed, torch.bfloat16 if rounds else None)

@@ -90,9 +90,10 @@ class InfoNCE(nn.Module):
     of the prefix form: Kusupati et al. 2022, eq. 1; prefixes are normalised again.
     """
 
-    def __init__(self, c: LossConfig, seed: int = 0):
+    def __init__(self, c: LossConfig, seed: int = 0, operands: torch.dtype | None = None):
+        """operands  type that embeddings are rounded to before they meet; None: as they come"""
         super().__init__()
-        self.c, self.seed = c, seed
+        self.c, self.seed, self.operands = c, seed, operands
         self.bounds = (math.log(c.temperature_min), math.log(c.temperature_max))
         log_temperature = torch.tensor(math.log(c.temperature))
         if c.learn_temperature:
@@ -117,6 +118,8 @@ class InfoNCE(nn.Module):
         """
         dims, weight_M = dims_of_step(self.c, q_BD.shape[1], self.seed, targets.step)
         scale = 1 / self.temperature
+        if self.operands is not None:  # positives and negatives alike
+            q_BD, p_ND = q_BD.to(self.operands), p_ND.to(self.operands)
         negatives = _Negatives(self.c, q_BD, p_ND, targets, ranks, dims, scale)
         pair_MP = negatives.loss_of_pairs()
         loss_M = (pair_MP * targets.pair_weight_P).sum(1) / targets.num_examples
@@ -272,7 +275,7 @@ class _Negatives:
         want = want or ["row"] + ["row_total"] * self.wants_totals
         sums = similarity_sums(
             x_nD, y_ND, self.steeper, dims=self.dims, relatives_BK=relatives_nK, limits=limits,
-            want=want,
+            want=want, backend=self.c.backend,
         )  # fmt: skip
         if self.shrink is not None:
             sums.row_MB = _ScaleGradient.apply(sums.row_MB, self.shrink)

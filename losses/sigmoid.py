@@ -21,8 +21,8 @@ class Sigmoid(InfoNCE):
     Source: Zhai et al. 2023 (SigLIP), eq. 1 and sec. 3.2.
     """
 
-    def __init__(self, c: LossConfig, seed: int = 0):
-        super().__init__(c, seed)
+    def __init__(self, c: LossConfig, seed: int = 0, operands: torch.dtype | None = None):
+        super().__init__(c, seed, operands)
         self.bias = nn.Parameter(torch.tensor(c.sigmoid_bias))
 
     def forward(

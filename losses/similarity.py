@@ -10,19 +10,30 @@ pushes suffix sums of the dims' gradients through the same segments. The positiv
 docs/numerics.md says why.
 """
 
+import functools
+import importlib.util
+import logging
 import math
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+log = logging.getLogger(__name__)
+
+KERNELS = Path(__file__).parents[1] / "kernels" / "infonce_triton.py"
 # Elements of one chunk's matrices: what a CPU's last cache holds; enough to fill a GPU.
 _CHUNK_ELEMENTS = {"cpu": 2**21, "cuda": 2**27}
 # Elements of z kept from the forward for the backward; what does not fit is computed again.
 _KEPT_ELEMENTS = {"cpu": 2**24, "cuda": 2**28}
 _EPS = 1e-12  # as F.normalize
+# exp(z) and the sum of a row of them stay in float32's range while |z| is at most this.
+_BOUND = 64.0
 
 # What can be asked for, and the field of Sums that holds it.
 KINDS = {
@@ -96,6 +107,7 @@ def similarity_sums(
     bias: Tensor | None = None,
     teacher: Teacher | None = None,
     chunk: int | None = None,
+    backend: str = "auto",
 ) -> Sums:
     """Sums over the rows or columns of z, in O(chunk x N) memory, with any upstream gradient.
 
@@ -106,19 +118,86 @@ def similarity_sums(
     want          names out of KINDS
     bias          a scalar tensor, for softplus
     chunk         queries at once; None: by size and device; it changes rounding alone
+    backend       torch (chunks) | triton (kernels/, where they serve) | dense (one chunk) | auto:
+                  torch, as long as no kernel has been measured on a GPU
     Gradients reach q_BD, p_ND, scale and bias. Raises ValueError when shapes or dims disagree.
     """
     dims = [q_BD.shape[-1]] if dims is None else list(dims)
     _check(q_BD, p_ND, dims, relatives_BK)
+    want = tuple(k for k in KINDS if k in want)
+    if backend == "triton":
+        why_not = _why_no_kernel(q_BD, want, limits, teacher)
+        if not why_not:
+            return _by_kernels(q_BD, p_ND, scale, dims, relatives_BK, limits, want)
+        _log_once(f"similarity sums: chunks in torch instead of kernels ({why_not})")
+    if backend == "dense":
+        chunk = max(1, len(q_BD))
     wide = torch.promote_types(q_BD.dtype, torch.float32)
     with torch.autocast(q_BD.device.type, enabled=False):
         q_BD, p_ND, scale = q_BD.to(wide), p_ND.to(wide), scale.to(wide)
-        job = _Job(dims, tuple(k for k in KINDS if k in want), scale.detach(), limits, teacher)
+        job = _Job(dims, want, scale.detach(), limits, teacher)
         job.divide(q_BD, p_ND, relatives_BK, chunk)
         row_factor_MB = scale * prefix_factors(q_BD, dims)
-        values = _Sweep.apply(q_BD, p_ND, row_factor_MB, prefix_factors(p_ND, dims), bias, job)
+        factors = row_factor_MB, prefix_factors(p_ND, dims)
+        if job.is_plain and bound_of_scores(q_BD, p_ND, *factors, dims) <= _BOUND:
+            values = _PlainSweep.apply(q_BD, p_ND, *factors, job)
+        else:
+            values = _Sweep.apply(q_BD, p_ND, *factors, bias, job)
     named = {KINDS[kind]: value for kind, value in zip(job.want, values, strict=True)}
     return Sums(**named, **job.constants)
+
+
+@functools.cache
+def kernels() -> ModuleType:
+    """kernels/infonce_triton.py, by path: a package of that name anywhere would win over ours."""
+    spec = importlib.util.spec_from_file_location("infonce_triton", KERNELS)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def _why_no_kernel(
+    q_BD: Tensor, want: tuple[str, ...], limits: Limits | None, teacher: Teacher | None
+) -> str:
+    """Empty when the kernels can serve."""
+    if q_BD.dtype == torch.float64:
+        return "float64"
+    if set(want) - {"row", "column"} or teacher is not None:
+        return f"no kernel for {', '.join(want)}"
+    if limits is not None and limits.guide_q_BE is not None:
+        return "no kernel compares a guide's cosines"
+    if not q_BD.is_cuda and not kernels().INTERPRETING:
+        return f"no kernels on {q_BD.device.type}"
+    return ""
+
+
+def _by_kernels(
+    q_BD: Tensor,
+    p_ND: Tensor,
+    scale: Tensor,
+    dims: list[int],
+    relatives_BK: Tensor | None,
+    limits: Limits | None,
+    want: tuple[str, ...],
+) -> Sums:
+    row_limit_MB = column_limit_MN = None
+    if limits is not None:  # the kernels' limits are on z
+        row_limit_MB = limits.row_MB * scale.detach()
+        if "column" in want:
+            column_limit_MN = limits.column_MN * scale.detach()
+    row_MB, column_MN = kernels().sweep(
+        q_BD, p_ND,
+        scale.float() * prefix_factors(q_BD.float(), dims), prefix_factors(p_ND.float(), dims),
+        dims=dims, relatives_BK=relatives_BK, row_limit_MB=row_limit_MB,
+        column_limit_MN=column_limit_MN, want_columns="column" in want,
+    )  # fmt: skip
+    return Sums(row_MB=row_MB, column_MN=column_MN)
+
+
+@functools.cache
+def _log_once(message: str) -> None:
+    log.info(message)
 
 
 def positive_scores(
@@ -148,6 +227,18 @@ def prefix_factors(x_nD: Tensor, dims: Sequence[int]) -> Tensor:
     norm_Mn = _prefix_sums(x_nD.square(), dims).clamp_min(_EPS**2).sqrt()
     rows = [full if d == x_nD.shape[1] else 1 / n for d, n in zip(dims, norm_Mn, strict=True)]
     return torch.stack(rows)
+
+
+@torch.no_grad()
+def bound_of_scores(
+    q_BD: Tensor, p_ND: Tensor, row_MB: Tensor, column_MN: Tensor, dims: Sequence[int]
+) -> float:
+    """No |z| is larger: the largest product of a scaled row's and a scaled column's norm."""
+    if not len(q_BD) or not len(p_ND):
+        return 0.0
+    q_MB = _prefix_sums(q_BD.square(), dims).sqrt() * row_MB
+    p_MN = _prefix_sums(p_ND.square(), dims).sqrt() * column_MN
+    return float((q_MB.amax(1) * p_MN.amax(1)).amax())
 
 
 def _prefix_sums(x_nD: Tensor, dims: Sequence[int]) -> Tensor:
@@ -184,6 +275,11 @@ class _Job:
     constants: dict[str, Tensor] = field(default_factory=dict)
     spans: list[tuple[int, int]] = field(default_factory=list)
     cells: list[tuple[Tensor, Tensor] | None] = field(default_factory=list)
+
+    @property
+    def is_plain(self) -> bool:
+        """Log-sums alone, and none left out by score: exp(z) is all that is needed of z."""
+        return self.limits is None and set(self.want) <= {"row", "column"}
 
     def divide(
         self, q_BD: Tensor, p_ND: Tensor, relatives_BK: Tensor | None, chunk: int | None
@@ -223,6 +319,13 @@ class _Chunk:
             score_cN = teacher.q_BE[at].to(dtype) @ teacher.p_NE.to(dtype).T
             self.label_cN = torch.softmax(score_cN / teacher.temperature, 1)
 
+    def exponentials(self, z_cN: Tensor) -> Tensor:
+        """exp(z), 0 in the relatives' cells; in place."""
+        z_cN.exp_()
+        if self.cells is not None:
+            z_cN[self.cells] = 0.0
+        return z_cN
+
     def leave_out(self, x_cN: Tensor, z_cN: Tensor, m: int, axis: str, value: float) -> Tensor:
         """Write `value` into the cells of x_cN that do not count in sums along `axis`; in place.
 
@@ -247,15 +350,101 @@ def _planes(
     q_cD: Tensor, p_ND: Tensor, row_Mc: Tensor, column_MN: Tensor, dims: list[int]
 ) -> Iterator[Tensor]:
     """z of a chunk for one dim after the other, (c, N)."""
+    for _, z_cN in _dots_and_planes(q_cD, p_ND, row_Mc, column_MN, dims):
+        yield z_cN
+
+
+def _dots_and_planes(
+    q_cD: Tensor, p_ND: Tensor, row_Mc: Tensor, column_MN: Tensor, dims: list[int]
+) -> Iterator[tuple[Tensor | None, Tensor]]:
+    """(dot products, z) of a chunk for one dim after the other; the dots of one dim (None) are not
+    needed, those of several are overwritten by the next."""
     if len(dims) == 1:
         d = dims[0]
         p_Nd = p_ND if d == p_ND.shape[1] else p_ND[:, :d] * column_MN[0, :, None]
-        yield (q_cD[:, :d] * row_Mc[0, :, None]) @ p_Nd.T
+        yield None, (q_cD[:, :d] * row_Mc[0, :, None]) @ p_Nd.T
         return
     dot_cN = q_cD.new_zeros(len(q_cD), len(p_ND))
     for m, (lo, hi) in enumerate(_segments(dims)):
         dot_cN.addmm_(q_cD[:, lo:hi], p_ND[:, lo:hi].T)
-        yield (dot_cN * row_Mc[m, :, None]).mul_(column_MN[m])
+        yield dot_cN, (dot_cN * row_Mc[m, :, None]).mul_(column_MN[m])
+
+
+class _PlainSweep(torch.autograd.Function):
+    """_Sweep where no score is large: exp(z) needs no reference, and rows need no matrix of their
+    own in the backward, only weights on the embeddings that exp(z) multiplies."""
+
+    @staticmethod
+    def forward(ctx, q_BD, p_ND, row_MB, column_MN, job: _Job):
+        M, B, N = len(job.dims), len(q_BD), len(p_ND)
+        out = {kind: q_BD.new_zeros(M, N if kind == "column" else B) for kind in job.want}
+        kept, room = {}, _KEPT_ELEMENTS.get(q_BD.device.type, 2**24)
+        for chunk in job.chunks():
+            at = chunk.at
+            planes = _planes(q_BD[at], p_ND, row_MB[:, at], column_MN, job.dims)
+            for m, z_cN in enumerate(planes):
+                e_cN = chunk.exponentials(z_cN)
+                if "row" in out:
+                    out["row"][m, at] = e_cN.sum(1)
+                if "column" in out:
+                    out["column"][m] += e_cN.sum(0)
+                if M == 1 and e_cN.numel() <= room and any(ctx.needs_input_grad):
+                    kept[at.start] = e_cN
+                    room -= e_cN.numel()
+        # d log(sum) / dz = exp(z) / sum; nothing was summed where the sum is 0
+        ctx.inverse = {kind: torch.where(x > 0, 1 / x, 0.0) for kind, x in out.items()}
+        ctx.save_for_backward(q_BD, p_ND, row_MB, column_MN)
+        ctx.job, ctx.kept = job, kept
+        return tuple(out[kind].log() for kind in job.want)
+
+    @staticmethod
+    def backward(ctx, *upstream):
+        q_BD, p_ND, row_MB, column_MN = ctx.saved_tensors
+        job, dims = ctx.job, ctx.job.dims
+        up = {
+            kind: torch.where(ctx.inverse[kind] > 0, grad * ctx.inverse[kind], 0.0)
+            for kind, grad in zip(job.want, upstream, strict=True)
+            if grad is not None
+        }
+        row_weight_MB, column_weight_MN = up.get("row"), up.get("column")
+        if row_weight_MB is None:
+            row_weight_MB = torch.zeros_like(row_MB)
+        grad_q_BD, grad_p_ND = torch.zeros_like(q_BD), torch.zeros_like(p_ND)
+        grad_row_MB, grad_column_MN = torch.zeros_like(row_MB), torch.zeros_like(column_MN)
+        for chunk in job.chunks():
+            at, w_planes = chunk.at, []
+            q_cD = q_BD[at]
+            if len(dims) == 1:
+                e_cN = ctx.kept.get(at.start)
+                if e_cN is None:
+                    (z_cN,) = _planes(q_cD, p_ND, row_MB[:, at], column_MN, dims)
+                    e_cN = chunk.exponentials(z_cN)
+                weight_c = row_weight_MB[0, at]
+                if column_weight_MN is not None:
+                    e_cN = (weight_c[:, None] + column_weight_MN[0]).mul_(e_cN)
+                    weight_c = None
+                _emit_one(q_cD, p_ND, row_MB[0, at], column_MN[0], dims[0], e_cN, weight_c,
+                          grad_q_BD[at], grad_p_ND, grad_row_MB[0, at])  # fmt: skip
+                continue
+            for m, (dot_cN, z_cN) in enumerate(
+                _dots_and_planes(q_cD, p_ND, row_MB[:, at], column_MN, dims)
+            ):
+                w_cN, row_c = chunk.exponentials(z_cN), row_MB[m, at]
+                if column_weight_MN is None:
+                    w_cN.mul_((row_weight_MB[m, at] * row_c)[:, None]).mul_(column_MN[m])
+                else:
+                    weight_cN = row_weight_MB[m, at, None] + column_weight_MN[m]
+                    w_cN.mul_(weight_cN).mul_(row_c[:, None]).mul_(column_MN[m])
+                gz_cN = dot_cN * w_cN  # G z = dot W
+                grad_row_MB[m, at] = gz_cN.sum(1) / row_c
+                grad_column_MN[m] += gz_cN.sum(0)
+                w_planes.append(w_cN)
+            _emit_suffixes(q_cD, p_ND, dims, w_planes, grad_q_BD[at], grad_p_ND)
+        if len(dims) == 1:
+            grad_column_MN[0] = (grad_p_ND * p_ND).sum(1) / column_MN[0]
+        else:
+            grad_column_MN /= column_MN
+        return grad_q_BD, grad_p_ND, grad_row_MB, grad_column_MN, None
 
 
 class _Sweep(torch.autograd.Function):
@@ -339,15 +528,10 @@ class _Sweep(torch.autograd.Function):
                 grad_column_MN[m] += gz_cN.sum(0)
                 w_planes.append(g_cN.mul_(row_MB[m, at, None]).mul_(column_MN[m]))
             if len(dims) == 1:
-                _emit_one(q_cD, p_ND, row_MB[0, at], column_MN[0], dims[0], w_planes.pop(),
+                _emit_one(q_cD, p_ND, row_MB[0, at], column_MN[0], dims[0], w_planes.pop(), None,
                           grad_q_BD[at], grad_p_ND, grad_row_MB[0, at])  # fmt: skip
                 continue
-            suffix_cN = None
-            for lo, hi in reversed(_segments(dims)):
-                w_cN = w_planes.pop()
-                suffix_cN = w_cN if suffix_cN is None else suffix_cN.add_(w_cN)
-                torch.mm(suffix_cN, p_ND[:, lo:hi], out=grad_q_BD[at, lo:hi])
-                grad_p_ND[:, lo:hi].addmm_(suffix_cN.T, q_cD[:, lo:hi])
+            _emit_suffixes(q_cD, p_ND, dims, w_planes, grad_q_BD[at], grad_p_ND)
         if len(dims) == 1:
             grad_column_MN[0] = (grad_p_ND * p_ND).sum(1) / column_MN[0]
         else:
@@ -386,18 +570,35 @@ def _gradient(
     return torch.zeros_like(z_cN) if total_cN is None else total_cN
 
 
-def _emit_one(q_cD, p_ND, row_c, column_N, d, g_cN, grad_q_cD, grad_p_ND, grad_row_c) -> None:
-    """The gradients of a single dim, in place: the factors meet embeddings, not matrices."""
+def _emit_one(
+    q_cD, p_ND, row_c, column_N, d, g_cN, weight_c, grad_q_cD, grad_p_ND, grad_row_c
+) -> None:
+    """The gradients of a single dim, in place: the factors, and weights on the rows of G where
+    there are any, meet embeddings, not matrices."""
     is_full = d == p_ND.shape[1]
     p_Nd = p_ND if is_full else p_ND[:, :d] * column_N[:, None]
     grad_cd = g_cN @ p_Nd
+    factor_c = row_c
+    if weight_c is not None:
+        grad_cd.mul_(weight_c[:, None])
+        factor_c = row_c * weight_c
     grad_row_c += (grad_cd * q_cD[:, :d]).sum(1)
     grad_q_cD[:, :d] = grad_cd.mul_(row_c[:, None])
-    scaled_cd = q_cD[:, :d] * row_c[:, None]
+    scaled_cd = q_cD[:, :d] * factor_c[:, None]
     if is_full:
         grad_p_ND.addmm_(g_cN.T, scaled_cd)
     else:
         grad_p_ND[:, :d] += (g_cN.T @ scaled_cd).mul_(column_N[:, None])
+
+
+def _emit_suffixes(q_cD, p_ND, dims, w_planes, grad_q_cD, grad_p_ND) -> None:
+    """The gradients of several dims, in place; a segment belongs to its own dim and all wider."""
+    suffix_cN = None
+    for lo, hi in reversed(_segments(dims)):
+        w_cN = w_planes.pop()
+        suffix_cN = w_cN if suffix_cN is None else suffix_cN.add_(w_cN)
+        torch.mm(suffix_cN, p_ND[:, lo:hi], out=grad_q_cD[:, lo:hi])
+        grad_p_ND[:, lo:hi].addmm_(suffix_cN.T, q_cD[:, lo:hi])
 
 
 def _add_exp(sum_N: Tensor, top_N: Tensor, x_cN: Tensor) -> None:

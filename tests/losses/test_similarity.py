@@ -102,17 +102,53 @@ def test_sums_and_any_upstream_gradient_equal_the_matrix(dims, limited, chunk):
     torch.testing.assert_close(found.entropy_B, entropy_B, rtol=1e-10, atol=0)
 
 
+@pytest.mark.parametrize("scale", [13.0, 130.0], ids=["small", "large"])
+@pytest.mark.parametrize("want", [("row",), ("column",), ("row", "column")], ids="-".join)
+@pytest.mark.parametrize("dims", [[12], [5], [3, 7, 12]])
+def test_small_and_large_scores_take_different_ways_to_the_same_sums(dims, want, scale):
+    """Small scores need no reference and keep exp(z); large ones would overflow without one."""
+    q_BD, p_ND = unit(7, 12).requires_grad_(), unit(11, 12, seed=1).requires_grad_()
+    scale = torch.tensor(scale, dtype=torch.float64, requires_grad=True)
+    relatives_BK = torch.randint(-1, 11, (7, 3), generator=torch.Generator().manual_seed(2))
+    keep_BN = counted(relatives_BK, 11)
+    nothing, zero = torch.zeros(7, 11, dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    expected = by_matrices(
+        q_BD, p_ND, scale, dims, zero, nothing, lambda m, z: keep_BN, lambda m, z: keep_BN
+    )
+    for chunk in (2, None):
+        found = similarity_sums(
+            q_BD, p_ND, scale, dims=dims, relatives_BK=relatives_BK, want=want, chunk=chunk
+        )
+        ways = {type(getattr(found, KINDS[kind]).grad_fn).__name__ for kind in want}
+        assert ways == {"_PlainSweepBackward" if scale < 64 else "_SweepBackward"}
+        losses = [0.0, 0.0]
+        for kind in want:
+            values = getattr(found, KINDS[kind]), expected[kind]
+            torch.testing.assert_close(*values, rtol=1e-10, atol=1e-12)
+            weight = unit(*values[0].shape, seed=9)
+            losses = [
+                loss + torch.where(v.isinf(), 0, v * weight).sum()
+                for loss, v in zip(losses, values, strict=True)
+            ]
+        got = torch.autograd.grad(losses[0], (q_BD, p_ND, scale))
+        for g, e in zip(
+            got, torch.autograd.grad(losses[1], (q_BD, p_ND, scale), retain_graph=True), strict=True
+        ):
+            torch.testing.assert_close(g, e, rtol=1e-9, atol=1e-12)
+
+
 def test_what_is_kept_from_the_forward_changes_nothing(monkeypatch):
     """The backward reads kept chunks and computes the others again: both must be the same z."""
     q_BD, p_ND = unit(9, 6).requires_grad_(), unit(8, 6, seed=1).requires_grad_()
-    gradients = []
-    for elements in (0, 40, 10_000):
-        monkeypatch.setitem(similarity._KEPT_ELEMENTS, "cpu", elements)
-        sums = similarity_sums(q_BD, p_ND, torch.tensor(5.0), dims=[2, 6], chunk=2)
-        gradients.append(torch.autograd.grad(sums.row_MB.square().sum(), (q_BD, p_ND)))
-    for other in gradients[1:]:
-        for g, first in zip(other, gradients[0], strict=True):
-            assert torch.equal(g, first)
+    for scale, dims in ((5.0, [6]), (90.0, [6]), (90.0, [2, 6])):
+        gradients = []
+        for elements in (0, 40, 10_000):
+            monkeypatch.setitem(similarity._KEPT_ELEMENTS, "cpu", elements)
+            sums = similarity_sums(q_BD, p_ND, torch.tensor(scale), dims=dims, chunk=2)
+            gradients.append(torch.autograd.grad(sums.row_MB.square().sum(), (q_BD, p_ND)))
+        for other in gradients[1:]:
+            for g, first in zip(other, gradients[0], strict=True):
+                assert torch.equal(g, first)
 
 
 def test_single_cells_equal_the_matrix():
