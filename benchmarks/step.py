@@ -60,6 +60,13 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--dropout", type=float, default=0.1, help="of hidden states, on both sides"
     )
+    parser.add_argument(
+        "--peer-attention-dropout",
+        type=float,
+        default=0.0,
+        help="ours has none; all-MiniLM-L6-v2's config.json says 0.1, which the peer follows unless"
+        " told otherwise",
+    )
     parser.add_argument("--rounds", type=int, default=3, help="processes of each side")
     parser.add_argument("--chunk-tokens", type=int, default=4096)
     parser.add_argument("--mini-batch", type=int, default=32, help="of the cached peer")
@@ -109,7 +116,7 @@ def precisions(args: argparse.Namespace) -> list[str]:
 def worker_options(args: argparse.Namespace, precision: str, budget: float | None) -> list[str]:
     keys = (
         *("peer", "base", "device", "pairs", "batch", "length", "dropout"),
-        *("chunk_tokens", "mini_batch"),
+        *("peer_attention_dropout", "chunk_tokens", "mini_batch"),
     )
     options = [w for key in keys for w in (f"--{key.replace('_', '-')}", str(getattr(args, key)))]
     options += ["--precision", precision]
@@ -118,6 +125,8 @@ def worker_options(args: argparse.Namespace, precision: str, budget: float | Non
 
 def row_name(args: argparse.Namespace, budget: float | None) -> str:
     name = f"step b{args.batch} l{args.length}"
+    if args.peer_attention_dropout:
+        name += f" peer attention dropout {args.peer_attention_dropout:g}"
     return name if budget is None else f"{name} budget {budget:g}"
 
 
@@ -337,15 +346,15 @@ def work_together(args: argparse.Namespace) -> dict:
     }
 
 
-def drop_hidden_states(model: "torch.nn.Module", share: float) -> None:
-    """Give a transformers model our dropout: of hidden states alone. On attention, where ours is 0,
-    its fused kernel is slower (by a sixth at length 128), and the network is another one."""
+def set_dropout(model: "torch.nn.Module", share: float, of_attention: float) -> None:
+    """Dropout of a transformers model, of hidden states and of attention. Ours has none of the
+    latter; with it the peer's attention leaves its fused kernel, and the network is another one."""
     from torch import nn
 
     for name, module in model.named_modules():
         if isinstance(module, nn.Dropout):
             is_of_attention = name.endswith((".self.dropout", ".attn.dropout"))  # BERT, MPNet
-            module.p = 0.0 if is_of_attention else share
+            module.p = of_attention if is_of_attention else share
 
 
 def work_sentence_transformers(args: argparse.Namespace) -> dict:
@@ -369,7 +378,7 @@ def work_sentence_transformers(args: argparse.Namespace) -> dict:
     device = pick_device(args.device)
     model = SentenceTransformer(str(resolve_base(args.base)), device=device.type)
     model.max_seq_length = args.length
-    drop_hidden_states(model, args.dropout)
+    set_dropout(model, args.dropout, args.peer_attention_dropout)
     if args.worker == "sentence-transformers-cached":
         loss = CachedMultipleNegativesRankingLoss(
             model, scale=20.0, mini_batch_size=args.mini_batch

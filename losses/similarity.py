@@ -27,8 +27,9 @@ from torch import Tensor
 log = logging.getLogger(__name__)
 
 KERNELS = Path(__file__).parents[1] / "kernels" / "infonce_triton.py"
-# Elements of one chunk's matrices: what a CPU's last cache holds; enough to fill a GPU.
-_CHUNK_ELEMENTS = {"cpu": 2**21, "cuda": 2**27}
+# Elements of a chunk's matrix; half for several dims, which need one each and two more. Smaller ones
+# would stay in a CPU's cache, but make the products slow (docs/numerics.md).
+_CHUNK_ELEMENTS = {"cpu": 2**22, "cuda": 2**26}
 # Elements of z kept from the forward for the backward; what does not fit is computed again.
 _KEPT_ELEMENTS = {"cpu": 2**24, "cuda": 2**28}
 _EPS = 1e-12  # as F.normalize
@@ -285,10 +286,12 @@ class _Job:
         self, q_BD: Tensor, p_ND: Tensor, relatives_BK: Tensor | None, chunk: int | None
     ) -> None:
         """Cut the rows into chunks and sort the relatives by chunk (one device sync)."""
-        B, M = len(q_BD), len(self.dims)
+        B = len(q_BD)
         if chunk is None:
-            elements = _CHUNK_ELEMENTS.get(q_BD.device.type, 2**21)
-            chunk = max(128, elements // max(1, len(p_ND) * (M if M == 1 else M + 1)))
+            elements = _CHUNK_ELEMENTS.get(q_BD.device.type, 2**22)
+            if len(self.dims) > 1:
+                elements //= 2
+            chunk = max(128, elements // max(1, len(p_ND)))
         self.spans = [(lo, min(lo + chunk, B)) for lo in range(0, B, chunk)]
         self.cells = [None] * len(self.spans)
         if relatives_BK is not None and self.spans:

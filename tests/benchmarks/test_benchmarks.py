@@ -9,7 +9,7 @@ import time
 import pytest
 import torch
 
-from benchmarks.step import drop_hidden_states
+from benchmarks.step import set_dropout
 from benchmarks.turns import PeakMemory, append_csv, interleaved, row
 
 
@@ -36,7 +36,7 @@ def test_the_peer_drops_what_we_drop(tiny_base):
     from transformers import AutoModel
 
     model = AutoModel.from_pretrained(tiny_base)
-    drop_hidden_states(model, 0.25)
+    set_dropout(model, 0.25, 0.0)
     share = {n: m.p for n, m in model.named_modules() if isinstance(m, torch.nn.Dropout)}
     of_attention = {n for n in share if ".self." in n}
     assert len(of_attention) == 2 and len(share) == 7  # two layers; embeddings, two outputs each
