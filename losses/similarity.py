@@ -27,8 +27,8 @@ from torch import Tensor
 log = logging.getLogger(__name__)
 
 KERNELS = Path(__file__).parents[1] / "kernels" / "infonce_triton.py"
-# Elements of a chunk's matrix; half for several dims, which need one each and two more. Smaller ones
-# would stay in a CPU's cache, but make the products slow (docs/numerics.md).
+# Elements of a chunk's matrix; half for several dims, which need one each and two more. Smaller
+# ones would stay in a CPU's cache, but make the products slow (docs/numerics.md).
 _CHUNK_ELEMENTS = {"cpu": 2**22, "cuda": 2**26}
 # Elements of z kept from the forward for the backward; what does not fit is computed again.
 _KEPT_ELEMENTS = {"cpu": 2**24, "cuda": 2**28}
