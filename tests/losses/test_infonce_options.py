@@ -11,24 +11,16 @@ from torch import Tensor
 from conf.schema import LossConfig
 from losses.build import build_loss
 from losses.infonce import Targets, dims_of_step
+from tests.losses import test_infonce as plain_loss
+from tests.losses.test_infonce import unit
 
 ALL = ["query_passage", "query_query", "passage_passage", "passage_query"]
 
 
-def unit(*shape, seed=0):
-    x = torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-    return F.normalize(x, dim=-1)
-
-
 def ragged_targets() -> Targets:
-    """4 queries, 7 passages: two positives, a relative that is no positive, queries that share an
-    answer, a guide."""
-    return Targets(
-        pair_query_P=torch.tensor([0, 0, 1, 2, 3]),
-        pair_passage_P=torch.tensor([4, 1, 0, 2, 6]),
-        pair_weight_P=torch.tensor([0.5, 0.5, 1, 1, 1], dtype=torch.float64),
-        relatives_BK=torch.tensor([[4, 1, -1], [0, -1, -1], [2, 5, 1], [6, -1, -1]]),
-        num_examples=4,
+    """Those of the plain loss, with queries that share an answer, and a guide."""
+    return replace(
+        plain_loss.ragged_targets(),
         query_relatives_BK=torch.tensor([[0, 2], [1, -1], [2, 0], [3, -1]]),
         guide_query_AE=unit(4, 3, seed=5),
         guide_passage_NE=unit(7, 3, seed=6),
