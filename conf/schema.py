@@ -55,6 +55,8 @@ class ModelConfig:
     prompt_in_pooling: bool | None = None  # whether prompt tokens count in pooling
     max_query_length: int | None = None  # tokens, prompt and special tokens included
     max_passage_length: int | None = None
+    max_pair_length: int | None = None  # task=rerank: tokens of query and passage together
+    num_labels: int = 1  # task=rerank: outputs of the head; above 1 for loss.kind=cross_entropy
     dropout: float | None = None  # hidden states; None: as config.json of the base says
     attention_dropout: float = 0.0  # above 0 leaves the fast attention paths
     freeze: list[str] = field(
@@ -67,9 +69,16 @@ class ModelConfig:
         if self.pooling is not None:
             _one_of("model.pooling", self.pooling, ("mean", "cls", "last", "max"))
         _one_of("model.adapter", self.adapter, ("auto", "packed", "automodel"))
-        for key in ("max_query_length", "max_passage_length"):
+        for key, least in (
+            ("max_query_length", 3),
+            ("max_passage_length", 3),
+            ("max_pair_length", 32),
+        ):
             value = getattr(self, key)
-            _require(value is None or value >= 3, f"model.{key} ({value}) must be >= 3 tokens")
+            _require(
+                value is None or value >= least, f"model.{key} ({value}) must be >= {least} tokens"
+            )
+        _require(self.num_labels >= 1, f"model.num_labels ({self.num_labels}) must be >= 1")
         for key in ("dropout", "attention_dropout"):
             value = getattr(self, key)
             _require(value is None or 0 <= value < 1, f"model.{key} ({value}) must be in [0, 1)")
@@ -86,19 +95,31 @@ class ModelConfig:
             )
 
 
+CONTRASTIVE_LOSSES = ("infonce", "sigmoid")
+RERANK_LOSSES = (
+    "bce", "softmax", "listmle", "ranknet", "lambdarank", "margin_mse", "kl", "cross_entropy",
+)  # fmt: skip
+
+
 @dataclass
 class LossConfig:
-    """A contrastive loss (losses/infonce.py has the equations).
+    """A contrastive loss (losses/infonce.py has the equations), or, for task=rerank, one of
+    losses/rerank.py: its keys are temperature (divides the logits), positive_weight and
+    teacher_temperature.
 
-    A pair's loss is softplus(log sum exp(z of negatives) - z of the positive), z = cosine /
-    temperature. The keys below the temperature say which negatives, and what else is added.
+    A pair's contrastive loss is softplus(log sum exp(z of negatives) - z of the positive), with z =
+    cosine / temperature. The keys below the temperature say which negatives, and what else is
+    added.
     """
 
-    kind: str = "infonce"  # infonce | sigmoid (SigLIP: each cell by itself)
+    # retrieval: infonce | sigmoid (SigLIP: each cell by itself); rerank: bce | softmax (listwise) |
+    # listmle | ranknet | lambdarank | margin_mse | kl (both to the data's scores) | cross_entropy
+    kind: str = "infonce"
     temperature: float = 0.05
     learn_temperature: bool = False
     temperature_min: float = 0.005  # bounds of a learned temperature
     temperature_max: float = 1.0
+    positive_weight: float = 1.0  # kind=bce: weight of a positive pair
     sigmoid_bias: float = -10.0  # start of the learned bias of kind=sigmoid
     symmetric: float = 0.0  # weight of the passage-to-query direction, in [0, 1]
     # what a pair is told from, in one softmax: query_passage (always), query_query,
@@ -126,7 +147,7 @@ class LossConfig:
         return "query_query" in self.negatives
 
     def __post_init__(self) -> None:
-        _one_of("loss.kind", self.kind, ("infonce", "sigmoid"))
+        _one_of("loss.kind", self.kind, CONTRASTIVE_LOSSES + RERANK_LOSSES)
         _one_of("loss.backend", self.backend, ("auto", "torch", "triton", "dense"))
         _require(
             self.temperature > 0,
@@ -152,6 +173,8 @@ class LossConfig:
         self._check_dims()
         if self.kind == "sigmoid":
             self._check_sigmoid()
+        if self.kind in RERANK_LOSSES:
+            self._check_rerank()
 
     def _check_negatives(self) -> None:
         known = ("query_passage", "query_query", "passage_passage", "passage_query")
@@ -230,17 +253,29 @@ class LossConfig:
         )
 
     def _check_sigmoid(self) -> None:
+        self._refuse(_SOFTMAX_KEYS, "loss.kind=infonce; the sigmoid loss looks at each cell alone")
+
+    def _check_rerank(self) -> None:
+        contrastive = (*_SOFTMAX_KEYS, "dims", "dim_weights", "dims_per_step", "learn_temperature")
+        self._refuse(contrastive, f"a contrastive loss, not to loss.kind={self.kind}")
+        _require(
+            self.positive_weight > 0, f"loss.positive_weight ({self.positive_weight}) must be > 0"
+        )
+
+    def _refuse(self, keys: tuple[str, ...], owner: str) -> None:
+        """Raise ValueError where one of `keys` is set, though it belongs to `owner`."""
         default = LossConfig()
-        softmax_only = (
-            "symmetric", "negatives", "label_smoothing", "hardness", "debias", "guide", "teacher",
-            "false_negative_margin", "false_negative_ratio",
-        )  # fmt: skip
-        for key in softmax_only:
+        for key in keys:
             _require(
                 getattr(self, key) == getattr(default, key),
-                f"loss.{key} ({getattr(self, key)}) belongs to loss.kind=infonce; the sigmoid loss"
-                f" looks at each cell by itself",
+                f"loss.{key} ({getattr(self, key)}) belongs to {owner}",
             )
+
+
+_SOFTMAX_KEYS = (
+    "symmetric", "negatives", "label_smoothing", "hardness", "debias", "guide", "teacher",
+    "false_negative_margin", "false_negative_ratio",
+)  # fmt: skip
 
 
 @dataclass
@@ -260,6 +295,7 @@ class SourceConfig:
     train_split: str = "train"
     dev_split: str = "dev"
     test_split: str = "test"
+    texts: str | None = None  # BEIR folder that holds the texts of rows of ids
     weight: float = 1.0  # share among several data sets, before data.mix_temperature
     query_prompt: str | None = None  # overrides model.query_prompt for this data set
     passage_prompt: str | None = None
@@ -286,6 +322,7 @@ class DataConfig(SourceConfig):
     )
     max_examples: int | None = None  # the first n training examples after a seeded shuffle
     max_negatives: int | None = None  # own negatives a query and step, sampled; None: all
+    in_batch_negatives: int = 0  # task=rerank: random passages of the step added to each group
     dev_fraction: float = 0.1  # used where the data has no split of its own
     test_fraction: float = 0.1
     split_seed: int = 0
@@ -319,6 +356,10 @@ class DataConfig(SourceConfig):
             f"data.max_negatives ({self.max_negatives}) must be >= 0, or null for all",
         )
         _require(
+            self.in_batch_negatives >= 0,
+            f"data.in_batch_negatives ({self.in_batch_negatives}) must be >= 0",
+        )
+        _require(
             0 <= self.dev_fraction < 1
             and 0 <= self.test_fraction < 1
             and self.dev_fraction + self.test_fraction < 1,
@@ -349,6 +390,7 @@ class OptimConfig:
     min_lr_ratio: float = 0.0
     layer_decay: float = 1.0  # lr factor a layer, from the top down; 1: none
     temperature_lr: float = 1e-3  # lr of a learned temperature
+    head_lr: float | None = None  # lr of a reranker's head; null: lr
 
     def __post_init__(self) -> None:
         _require(self.batch_size > 0, f"optim.batch_size ({self.batch_size}) must be > 0")
@@ -364,6 +406,10 @@ class OptimConfig:
             _require(
                 0 <= getattr(self, key) < 1, f"optim.{key} ({getattr(self, key)}) must be in [0, 1)"
             )
+        _require(
+            self.head_lr is None or self.head_lr > 0,
+            f"optim.head_lr ({self.head_lr}) must be > 0, or null for optim.lr",
+        )
         _require(
             0 <= self.min_lr_ratio <= 1,
             f"optim.min_lr_ratio ({self.min_lr_ratio}) must be in [0, 1]",
@@ -417,7 +463,7 @@ class WandbConfig:
 class TrainConfig:
     name: str = "run"  # runs/<name>/<overrides>/seed<k>/
     seed: int = 0
-    task: str = "retrieval"
+    task: str = "retrieval"  # retrieval | rerank
     resume: bool = False
     runs_dir: str = "runs"
     dims: list[int] = field(
@@ -438,7 +484,18 @@ class TrainConfig:
     wandb: WandbConfig = field(default_factory=WandbConfig)
 
     def __post_init__(self) -> None:
-        _one_of("task", self.task, ("retrieval",))
+        _one_of("task", self.task, ("retrieval", "rerank"))
+        fitting = RERANK_LOSSES if self.task == "rerank" else CONTRASTIVE_LOSSES
+        _require(
+            self.loss.kind in fitting,
+            f"loss.kind={self.loss.kind} does not fit task={self.task}; use one of"
+            f" {', '.join(fitting)}",
+        )
+        _require(
+            (self.model.num_labels > 1) == (self.loss.kind == "cross_entropy"),
+            f"model.num_labels ({self.model.num_labels}) above 1 and loss.kind=cross_entropy go"
+            f" together, got loss.kind={self.loss.kind}",
+        )
         _require(
             self.name not in ("", ".", "..")
             and not set(self.name) & {"/", "\0", "\n"}
