@@ -1,39 +1,29 @@
 """Evaluate a model: python evaluate.py model=<run, folder or hub id> data=<BEIR folder>
 
-Every text is encoded once; every dimension comes from the same embeddings. Settings:
-conf/schema.py, EvaluateConfig. Prints tables; with out=<folder> also writes eval.json (means,
-intervals and the value of every query) and run.trec.
+A retriever searches all documents: every text is encoded once, every dimension comes from the same
+embeddings. A cross-encoder reranks: what first_stage= finds, or the candidates that the data brings
+(first_stage=data); with also=[...] several models side by side. Settings: conf/schema.py,
+EvaluateConfig. Prints tables; with out=<folder> also writes eval.json (means, intervals and the
+value of every query) and run.trec.
 """
 
-import hashlib
-import json
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from conf.schema import EvaluateConfig
-    from data.records import RetrievalSet
+    from data.records import RerankSet, RetrievalSet
+    from evals.eval_file import System
     from evals.metrics import Metrics
     from evals.search import Hits
 
 log = logging.getLogger("evaluate")
 
 COMPARED = ("ndcg@10", "accuracy@1")  # metrics of the table of differences; eval.json has all
-
-
-@dataclass
-class System:
-    """Results of one model: label ("384", ..., or "bm25") -> hits and metrics.
-
-    There are no hits when it was read from an eval.json.
-    """
-
-    name: str
-    metrics: "dict[str, Metrics]"
-    hits: "dict[str, Hits]"
 
 
 def run(c: "EvaluateConfig", out: Path | None = None) -> dict[str, Any]:
@@ -44,20 +34,41 @@ def run(c: "EvaluateConfig", out: Path | None = None) -> dict[str, Any]:
     Raises ValueError for what the user can put right: unknown split, dim over the model's width,
     missing folder, an `out` that holds another evaluation, an `against` on other queries.
     """
-    from conf.schema import SourceConfig
-    from data.formats import read_retrieval_set
-    from evals import report
-    from evals.metrics import names_up_to
-    from evals.significance import bootstrap_ci95
+    from evals.eval_file import check_out, inputs_of, write_files
 
     out = Path(c.out) if out is None and c.out else out
     inputs = inputs_of(c)
     if out is not None:
         check_out(out, inputs)
-    try:
+    reranks = is_reranking(c)
+    found, hits = rerank(c) if reranks else retrieve(c)
+    result = inputs | found
+    print(rerank_tables(result) if reranks else tables(result, c))
+    if out is not None:
+        write_files(out, result, hits)
+    return result
+
+
+def is_reranking(c: "EvaluateConfig") -> bool:
+    """Whether candidates are put in order, rather than all documents searched."""
+    from evals.systems import kind_of
+
+    return bool(c.first_stage or c.also or c.texts) or kind_of(c.model) in ("random", "reranker")
+
+
+# ---------------------------------------------------------------------------------------- retrieval
+
+
+def retrieve(c: "EvaluateConfig") -> tuple[dict[str, Any], "dict[str, Hits]"]:
+    """What eval.json holds beside the settings, and hits by label."""
+    from conf.schema import SourceConfig
+    from data.formats import read_retrieval_set
+    from evals import report
+    from evals.eval_file import is_eval, read_eval
+    from evals.metrics import names_up_to
+
+    with said_of_evaluate():
         data = read_retrieval_set(SourceConfig(root=c.data, columns=c.columns), c.split)
-    except ValueError as e:  # the reader names train.py's setting
-        raise ValueError(str(e).replace("data.root", "data")) from e
     names = names_up_to(c.top_k)
     other = read_eval(Path(c.against), data) if c.against and is_eval(Path(c.against)) else None
     system = evaluate_model(c.model, data, c, names)
@@ -67,20 +78,9 @@ def run(c: "EvaluateConfig", out: Path | None = None) -> dict[str, Any]:
     if c.bm25 and c.model != "bm25":
         bm25 = other if c.against == "bm25" else evaluate_model("bm25", data, c, names)
 
-    systems = dict(system.metrics) | ({} if bm25 is None else bm25.metrics)
-    first = next(iter(system.metrics.values()))
-    intervals = {}
-    for label, metrics in systems.items():
-        intervals[label] = bootstrap_ci95(metrics.per_query, c.seed)
-    result: dict[str, Any] = {
-        **inputs,
-        "num_documents": len(data.doc_ids),
-        "num_queries": len(first.query_ids),
-        "num_unjudged": first.num_unjudged,
-        "test_set": digest_of(data),
-        "bytes_per_document": {label: hits.bytes_per_doc for label, hits in system.hits.items()},
-        "metrics": {label: metrics.means for label, metrics in systems.items()},
-        "ci95": intervals,
+    result = numbers(system.metrics | ({} if bm25 is None else bm25.metrics), data, c)
+    result["bytes_per_document"] = {
+        label: hits.bytes_per_doc for label, hits in system.hits.items()
     }
     if bm25 is not None:
         result["gain_over_bm25"] = {
@@ -98,72 +98,24 @@ def run(c: "EvaluateConfig", out: Path | None = None) -> dict[str, Any]:
                 for label, theirs in pairs.items()
             },
         }
-    result["per_query"] = {
-        "query_ids": first.query_ids,
-        "values": {
-            label: {name: value_J.tolist() for name, value_J in metrics.per_query.items()}
-            for label, metrics in systems.items()
-        },
-    }
-    print(tables(result, c))
-    if out is not None:
-        write_files(out, result, system, None if bm25 is other else bm25)
-    return result
-
-
-def inputs_of(c: "EvaluateConfig") -> dict[str, Any]:
-    """What the numbers depend on: two evaluations that agree here may share a folder."""
-    keys = (
-        "model data split dims precision encode_precision batch_tokens top_k seed against bm25"
-        " columns device"
-    )
-    return {key: getattr(c, key) for key in keys.split()}
+    return result, system.hits | ({} if bm25 is None or bm25 is other else bm25.hits)
 
 
 def evaluate_model(
     model: str, data: "RetrievalSet", c: "EvaluateConfig", names: list[str]
-) -> System:
-    """Search and metrics at every dim, from one encoding; BM25 where model is "bm25"."""
+) -> "System":
+    """Search and metrics at every dim, from one encoding."""
+    from evals.eval_file import System
     from evals.metrics import evaluate_hits
-    from evals.search import descending_ids, search
+    from evals.systems import search_by
 
-    if model == "bm25":
-        from evals.bm25 import bm25_hits
-
-        hits = {"bm25": bm25_hits(data, c.top_k)}
-    else:
-        from evals.retrieval import encode_sets
-        from models.pretrained import load_towers
-        from runtime.device import keep_freed_memory, pick_device
-
-        towers = load_towers(model)
-        for dim in c.dims:
-            if dim > towers.width:
-                raise ValueError(
-                    f"dims: {dim} is more than {model} has; its embeddings have {towers.width}"
-                    " components"
-                )
-        keep_freed_memory()
-        device = pick_device(c.device)
-        towers = towers.to(device)
-        sets = {data.name: data}
-        options = {"precision": c.encode_precision, "batch_tokens": c.batch_tokens}
-        q_QD, p_ND = encode_sets(towers, sets, progress="encode", **options)[data.name]
-        order_N = descending_ids(data.doc_ids)
-        dims = sorted(set(c.dims), reverse=True) or [towers.width]
-        hits = {
-            str(dim): search(
-                q_QD, p_ND, data.doc_ids, data.query_ids,
-                k=c.top_k, dim=dim, precision=c.precision, device=device, order_N=order_N,
-            )
-            for dim in dims
-        }  # fmt: skip
+    hits = search_by(model, data, c.top_k, c, c.dims)
     return System(
         model, {label: evaluate_hits(h, data.qrels, names) for label, h in hits.items()}, hits
     )
 
 
-def counterpart(label: str, other: System, dims_were_asked: bool) -> str:
+def counterpart(label: str, other: "System", dims_were_asked: bool) -> str:
     """The label of `other` that `label` is compared with: the same dim; else its only one, or its
     full width."""
     if label in other.metrics:
@@ -176,108 +128,181 @@ def counterpart(label: str, other: System, dims_were_asked: bool) -> str:
     )
 
 
-# ---------------------------------------------------------------------------------------- eval.json
+# ---------------------------------------------------------------------------------------- reranking
 
 
-def is_eval(path: Path) -> bool:
-    """Whether `against` names an eval.json, or a folder that holds one and no model."""
-    holds_model = any(
-        (path / name).exists() for name in ("config.json", "modules.json", "export", "config.yaml")
-    )
-    return path.suffix == ".json" or ((path / "eval.json").is_file() and not holds_model)
+def rerank(c: "EvaluateConfig") -> tuple[dict[str, Any], "dict[str, Hits]"]:
+    """As retrieve(), for c.model and c.also on the same candidates; the first system, which is the
+    first stage where there is one, is what the others are compared with."""
+    from evals import report
+    from evals.eval_file import read_eval
+    from evals.metrics import RERANK_NAMES, evaluate_hits, names_up_to
+    from evals.rerank import candidate_hits, reordered
+    from evals.systems import kind_of, labels_of, scores_by, search_by
 
-
-def read_eval(path: Path, data: "RetrievalSet") -> System:
-    """A System from eval.json. Raises ValueError when it is damaged or of another test set."""
-    import numpy as np
-
-    from evals.metrics import Metrics
-
-    path = path / "eval.json" if path.is_dir() else path
-    content = read_json(path)
-    if content.get("test_set") != digest_of(data):
+    if c.against:
         raise ValueError(
-            f"{path} is of another test set ({content.get('data')}, split {content.get('split')}):"
-            " its documents, queries or judgements differ from these; evaluate both models on the"
-            " same data= and split="
+            f"against={c.against} compares retrievers; put it in also=[...], which takes models and"
+            " the eval.json of an earlier evaluation"
         )
-    try:
-        per_query, model = content["per_query"], content["model"]
-        own = [label for label in per_query["values"] if (label == "bm25") == (model == "bm25")]
-        metrics = {
-            label: Metrics(
-                per_query["query_ids"],
-                {name: np.array(values) for name, values in per_query["values"][label].items()},
-                content["num_unjudged"],
-            )
-            for label in own
-        }
-    except (KeyError, TypeError) as e:
+    if len(c.dims) > 1:
+        raise ValueError(f"dims ({c.dims}): of a retriever that scores candidates one is shown")
+    data = read_candidates(c)
+    models = [c.model, *c.also]
+    first, depth = None, 0
+    if c.first_stage in (None, "data"):
+        candidates, names = data.candidates, RERANK_NAMES
+    else:
+        depth = max(c.top_k, c.rerank_k)
+        (first,) = search_by(c.first_stage, data, depth, c, c.dims).values()
+        candidates, names = first.ids_by_query(c.rerank_k), names_up_to(depth)
+        models.insert(0, c.first_stage)
+    label_of = dict(zip(models, labels_of(models), strict=True))
+    metrics: dict[str, Metrics] = {}
+    hits: dict[str, Hits] = {}
+    time: dict[str, dict] = {}
+    for model, label in label_of.items():
+        if kind_of(model) == "eval":
+            metrics[label] = next(iter(read_eval(Path(model), data).metrics.values()))
+            continue
+        if first is not None and model == c.first_stage:
+            hits[label] = first
+        else:
+            scores, taken = scores_by(model, data, candidates, c)
+            if taken:
+                time[label] = taken
+            if first is None:
+                hits[label] = candidate_hits(data, scores)
+            else:
+                hits[label] = reordered(first, c.rerank_k, scores)
+        metrics[label] = evaluate_hits(hits[label], data.qrels, list(names))
+    result = numbers(metrics, data, c)
+    reference, *others = metrics
+    result["systems"] = {label: model for model, label in label_of.items()}
+    result["candidates"] = describe(candidates, data)
+    result["reference"] = reference
+    result["delta"] = {
+        label: report.compare(metrics[reference], metrics[label], seed=c.seed) for label in others
+    }
+    result["time"] = time  # all that depends on the clock
+    own = label_of[c.model]  # run.trec is the model's
+    return result, {own: hits[own]} | hits
+
+
+def read_candidates(c: "EvaluateConfig") -> "RerankSet":
+    """The test set. Raises ValueError where nothing says which documents are to be put in order."""
+    from conf.schema import SourceConfig
+    from data.formats import read_rerank_set
+
+    with said_of_evaluate():
+        source = SourceConfig(root=c.data, texts=c.texts, columns=c.columns)
+        data = read_rerank_set(source, c.split)
+    if c.first_stage in (None, "data") and data.candidates is None:
         raise ValueError(
-            f"{path}: expected an eval.json as evaluate.py writes it, found no {e}"
-        ) from e
-    return System(f"{path} ({model})", metrics, {})
+            f"{c.model} puts candidates in order, and data={c.data} brings none; add"
+            " first_stage=bm25 (or a retriever, or a run file), or name a file of labelled rows"
+        )
+    return data
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def describe(candidates: Mapping[str, list[str]], data: "RetrievalSet") -> dict[str, float]:
+    """How many candidates, and for what share of the queries an answer is among them."""
+    judged = [query_id for query_id in data.query_ids if data.qrels.get(query_id)]
+    answered = [
+        any(data.qrels[query_id].get(doc_id, 0) > 0 for doc_id in candidates.get(query_id, ()))
+        for query_id in judged
+    ]
+    counts = [len(candidates.get(query_id, ())) for query_id in judged]
+    num = max(1, len(judged))
+    return {
+        "mean": sum(counts) / num,
+        "most": max(counts, default=0),
+        "with_answer": sum(answered) / num,
+    }
+
+
+# ------------------------------------------------------------------------------------- what is said
+
+
+def numbers(
+    metrics: "Mapping[str, Metrics]", data: "RetrievalSet", c: "EvaluateConfig"
+) -> dict[str, Any]:
+    """The part of eval.json that every evaluation has: sizes, means, intervals, every query."""
+    from evals.eval_file import digest_of
+    from evals.significance import bootstrap_ci95
+
+    first = next(iter(metrics.values()))
+    return {
+        "num_documents": len(data.doc_ids),
+        "num_queries": len(first.query_ids),
+        "num_unjudged": first.num_unjudged,
+        "test_set": digest_of(data),
+        "metrics": {label: one.means for label, one in metrics.items()},
+        "ci95": {label: bootstrap_ci95(one.per_query, c.seed) for label, one in metrics.items()},
+        "per_query": {
+            "query_ids": first.query_ids,
+            "values": {
+                label: {name: value_J.tolist() for name, value_J in one.per_query.items()}
+                for label, one in metrics.items()
+            },
+        },
+    }
+
+
+@contextmanager
+def said_of_evaluate() -> Iterator[None]:
+    """Readers name train.py's settings in their errors; here they have other names."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as e:
-        raise ValueError(f"{path} cannot be read: {e.strerror}") from e
+        yield
     except ValueError as e:
-        raise ValueError(f"{path}: expected JSON as evaluate.py writes it: {e}") from e
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a JSON object, found {type(content).__name__}")
-    return content
+        raise ValueError(re.sub(r"\bdata\.(root|texts|columns)\b", _own_name, str(e))) from e
 
 
-def check_out(out: Path, inputs: Mapping[str, Any]) -> None:
-    """Raise ValueError when `out` is no folder or holds another evaluation; a repeat is fine."""
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"out ({out}) is a file; want a folder")
-    path = out / "eval.json"
-    if not path.exists():
-        return
-    before = read_json(path)
-    for key, value in inputs.items():
-        if before.get(key) != value:
-            raise ValueError(
-                f"{path} holds another evaluation ({key} was {before.get(key)!r}, now {value!r});"
-                " choose another out="
-            )
+def _own_name(match: re.Match) -> str:
+    return "data" if match[1] == "root" else match[1]
 
 
-def digest_of(data: "RetrievalSet") -> str:
-    """sha256 of ids, texts and judgements: evaluations that share it compare query by query."""
-    digest = hashlib.sha256()
-    for ids, texts in ((data.doc_ids, data.doc_texts), (data.query_ids, data.query_texts)):
-        for row in sorted(zip(ids, texts, strict=True)):
-            digest.update(json.dumps(row).encode())
-        digest.update(b"\n")
-    digest.update(json.dumps(data.qrels, sort_keys=True).encode())
-    return digest.hexdigest()
+def sizes(result: Mapping[str, Any]) -> str:
+    left_out = f", {result['num_unjudged']} unjudged left out" if result["num_unjudged"] else ""
+    return f"{result['num_queries']:,} queries{left_out}, {result['num_documents']:,} documents"
 
 
-def write_files(out: Path, result: Mapping[str, Any], system: System, bm25: System | None) -> None:
-    """run.trec (the first label), run_<label>.trec (the others, BM25 included), then eval.json."""
-    from evals.metrics import run_lines
-    from runtime.run_dir import write_json_atomic, write_text_atomic
+def rerank_tables(result: Mapping[str, Any]) -> str:
+    """What is printed of models side by side."""
+    from evals import report
+    from evals.metrics import RERANK_NAMES
 
-    out.mkdir(parents=True, exist_ok=True)
-    first = next(iter(system.hits))
-    hits = dict(system.hits) | ({} if bm25 is None else bm25.hits)
-    for label, one in hits.items():
-        name = "run.trec" if label == first else f"run_{label}.trec"
-        write_text_atomic(out / name, "".join(run_lines(one, f"rook-{label}")))
-    write_json_atomic(out / "eval.json", result)
-    log.info("wrote %s", ", ".join(str(out / name) for name in ("eval.json", "run.trec")))
-
-
-# ------------------------------------------------------------------------------------------- tables
+    metrics, reference, of = result["metrics"], result["reference"], result["candidates"]
+    is_whole = result["first_stage"] in (None, "data")
+    by = "of the data" if is_whole else f"by {reference}, the first {result['rerank_k']} reranked"
+    names = RERANK_NAMES if is_whole else report.SHOWN_METRICS
+    compared = RERANK_NAMES if is_whole else COMPARED
+    parts = [
+        f"\n{result['data']} ({result['split']}): {sizes(result)}\n{of['mean']:.1f} candidates a"
+        f" query {by}; an answer is among them for {of['with_answer']:.1%} of the queries\n",
+        report.metrics_table(
+            metrics, names, intervals=result["ci95"],
+            interval_of=RERANK_NAMES if is_whole else ("ndcg@10",),
+        ),
+    ]  # fmt: skip
+    if result["delta"]:
+        parts += [
+            "",
+            report.against_table(
+                result["delta"], dict.fromkeys(metrics, metrics[reference]), metrics, compared,
+                before_name=reference, after_name="this",
+            ),
+        ]  # fmt: skip
+    for label, taken in result["time"].items():
+        parts.append(
+            f"\n{label}: {taken['median_ms']:.0f} ms a query (median; p90 {taken['p90_ms']:.0f})"
+            f" for {taken['passages']:.0f} passages, one query at a time, {taken['queries']} timed"
+        )
+    return "\n".join(parts)
 
 
 def tables(result: Mapping[str, Any], c: "EvaluateConfig") -> str:
-    """What is printed."""
+    """What is printed of a retriever."""
     from evals import report
 
     metrics = result["metrics"]
@@ -285,14 +310,14 @@ def tables(result: Mapping[str, Any], c: "EvaluateConfig") -> str:
         *(["bm25"] if "bm25" in metrics else []),
         *(label for label in metrics if label != "bm25"),
     ]
-    shown = {label: f"dim {label}" if label != "bm25" else "BM25" for label in order}
-    left_out = f", {result['num_unjudged']} unjudged left out" if result["num_unjudged"] else ""
+    shown = {
+        label: f"dim {label}" if label.isdigit() else report.label_of(label) for label in order
+    }
     parts = [
-        f"\n{c.model} on {c.data} ({c.split}): {result['num_queries']:,} queries{left_out},"
-        f" {result['num_documents']:,} documents, {c.precision} document vectors\n",
+        f"\n{c.model} on {c.data} ({c.split}): {sizes(result)}, {c.precision} document vectors\n",
         report.metrics_table(
             {shown[label]: metrics[label] for label in order},
-            intervals={shown[label]: result["ci95"][label]["ndcg@10"] for label in order},
+            intervals={shown[label]: result["ci95"][label] for label in order},
         ),
     ]
     if "gain_over_bm25" in result:

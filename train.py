@@ -1,4 +1,5 @@
-"""Train a retriever: python train.py +experiment=quickstart     (python train.py --help: the rest)
+"""Train a retriever or, with task=rerank, a reranker: python train.py +experiment=quickstart
+(python train.py --help: the rest)
 On several devices: torchrun --nproc-per-node 2 train.py +experiment=quickstart
 
 Read top to bottom: setup, loop, result. Settings: conf/schema.py. Why it is so: docs/design.md.
@@ -8,6 +9,7 @@ import logging
 import math
 import time
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch.nn.utils import clip_grad_norm_
@@ -17,12 +19,14 @@ from conf.cli import main
 from conf.schema import TrainConfig
 from data.batches import Batch
 from data.datasets import Data, open_data
+from data.groups import GroupBatch, GroupData, open_groups
 from data.teacher import open_guide
-from evals.final import check_dev, evaluate_base, evaluate_dev, write_result
+from evals import final, final_rerank
 from losses.build import build_loss
 from losses.grad_cache import Guide, train_step
 from models.attention import leave_out_of_compilation
-from models.build import build_model
+from models.build import build_model, build_reranker
+from models.reranker import Reranker
 from models.towers import Towers
 from runtime import checkpoint
 from runtime.clock import Clock
@@ -54,28 +58,25 @@ def train(c: TrainConfig, run_dir: Path) -> None:
                  torch.get_num_threads())  # fmt: skip
         budget_mib = activation_budget_mib(c.runtime.activation_budget_mib, device)
         torch.manual_seed(c.seed)  # a fresh projection is the only thing drawn from it
-        towers = build_model(c.model, dims=c.loss.dims).to(device)
-        dims = sorted(c.dims or c.loss.dims or [towers.width], reverse=True)
-        prepare_runtime(towers, c)
-        tokenizers = towers.tokenizer_query, towers.tokenizer_passage
-        data = open_data(c.data, towers.spec, *tokenizers, seed=c.seed)
-        check_dev(c, data)
+        model, data, judge, judged = open_task(c, device)
+        prepare_runtime(model, c)
+        judge.check_dev(c, data)
         check_backend(c, device)
         guide = guide_of(c, data, device)
         loss_fn = build_loss(c.loss, seed=c.seed, precision=precision).to(device)
-        optimizer = build_optimizer(towers, loss_fn, c.optim)
+        optimizer = build_optimizer(model, loss_fn, c.optim)
     # before a single step; a resumed run reads what it was
-    base = ranks.on_main(evaluate_base, towers, data, dims, run_dir, precision=precision)
+    base = ranks.on_main(judge.evaluate_base, *judged, run_dir, precision=precision)
     total_steps = data.train.num_steps(c.optim)
     batches = data.train.batches(c, total_steps, rank=ranks.rank, world=ranks.size)
-    start, progress = ranks.on_main(checkpoint.resume, run_dir, towers, loss_fn, optimizer)
-    broadcast_state(ranks, [towers, loss_fn], optimizer)
+    start, progress = ranks.on_main(checkpoint.resume, run_dir, model, loss_fn, optimizer)
+    broadcast_state(ranks, [model, loss_fn], optimizer)
     track = Tracker(c.wandb, run_dir, c)  # rank 0 writes
     track.truncate(start)
     clock = Clock()
 
     # 2. the loop: one iteration is one optimiser step
-    towers.train()
+    model.train()
     done = start
     num_examples = [batches.num_examples_until(n) for n in (start, total_steps)]
     bar = tqdm(desc="train", unit="pair", initial=num_examples[0], total=num_examples[1],
@@ -90,11 +91,11 @@ def train(c: TrainConfig, run_dir: Path) -> None:
             lr = lr_at(step, total_steps, c.optim)
             set_lr(optimizer, lr)
             loss, numbers = train_step(
-                towers, loss_fn, batch, seed=c.seed, step=step, device=device,
+                model, loss_fn, batch, seed=c.seed, step=step, device=device,
                 chunk_tokens=c.runtime.chunk_tokens, autocast=autocast_for(precision, device),
                 activation_budget_mib=budget_mib, ranks=ranks, guide=guide,
             )  # fmt: skip
-            grad_norm = clip_grad_norm_(trained(towers, loss_fn), c.optim.max_grad_norm or math.inf)
+            grad_norm = clip_grad_norm_(trained(model, loss_fn), c.optim.max_grad_norm or math.inf)
             check_finite(step, batch, loss, grad_norm, ranks)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -110,14 +111,14 @@ def train(c: TrainConfig, run_dir: Path) -> None:
                 track.log(done, **numbers, **clock.rates())
             if c.eval_every and (done % c.eval_every == 0 or is_last):
                 with clock.paused():
-                    values = ranks.on_main(evaluate_dev, towers, data, dims, precision=precision)
+                    values = ranks.on_main(judge.evaluate_dev, *judged, precision=precision)
                 track.log(done, **values)
                 note_best(progress, done, values, c)
             stop = ranks.first(interrupt.requested)  # a signal to any rank stops all at this step
             if is_last or stop or is_time_to_save(done, progress, c):
                 with clock.paused():
                     track.sync()  # the checkpoint claims that its rows exist
-                    ranks.on_main(checkpoint.save, run_dir, done, towers, loss_fn, optimizer,
+                    ranks.on_main(checkpoint.save, run_dir, done, model, loss_fn, optimizer,
                                   progress, keep=c.keep_checkpoints)  # fmt: skip
             if stop and not is_last:
                 message = (f"\n{stop}: saved at step {done} of {total_steps} in {run_dir};"
@@ -127,9 +128,25 @@ def train(c: TrainConfig, run_dir: Path) -> None:
     # 3. the result: small files that a report can read without W&B
     totals = {"steps": done, **clock.totals(), "wall_s": time.perf_counter() - began}
     if progress["best_step"] is not None:
-        ranks.on_main(checkpoint.load_best, run_dir, towers, loss_fn, progress["best_step"])
-    ranks.on_main(write_result, c, run_dir, towers, data, dims, base, track, totals,
+        ranks.on_main(checkpoint.load_best, run_dir, model, loss_fn, progress["best_step"])
+    ranks.on_main(judge.write_result, c, run_dir, *judged, base, track, totals,
                   precision=precision)  # fmt: skip
+
+
+def open_task(
+    c: TrainConfig, device: torch.device
+) -> tuple[Towers | Reranker, Data | GroupData, ModuleType, tuple]:
+    """(model, data, who judges it, and by what): all that depends on c.task."""
+    if c.task == "rerank":
+        model = build_reranker(c.model).to(device)
+        data = open_groups(c.data, model.spec, model.tokenizer, seed=c.seed)
+        return model, data, final_rerank, (model, data)
+    model = build_model(c.model, dims=c.loss.dims).to(device)
+    data = open_data(
+        c.data, model.spec, model.tokenizer_query, model.tokenizer_passage, seed=c.seed
+    )
+    dims = sorted(c.dims or c.loss.dims or [model.width], reverse=True)
+    return model, data, final, (model, data, dims)
 
 
 def guide_of(c: TrainConfig, data: Data, device: torch.device) -> Guide | None:
@@ -150,9 +167,9 @@ def check_backend(c: TrainConfig, device: torch.device) -> None:
         )
 
 
-def prepare_runtime(towers: Towers, c: TrainConfig) -> None:
+def prepare_runtime(model: Towers | Reranker, c: TrainConfig) -> None:
     """Switch on activation checkpointing and torch.compile, without renaming a parameter."""
-    for tower in {id(t): t for t in (towers.query, towers.passage)}.values():
+    for tower in {id(t): t for t in map(model.tower, model.sides)}.values():
         tower.encoder.activation_checkpointing = c.runtime.activation_checkpointing
         if c.runtime.compile:
             leave_out_of_compilation()
@@ -160,12 +177,12 @@ def prepare_runtime(towers: Towers, c: TrainConfig) -> None:
                 layer.compile(dynamic=True)
 
 
-def trained(towers: Towers, loss_fn: torch.nn.Module) -> list[torch.nn.Parameter]:
-    return [p for module in (towers, loss_fn) for p in module.parameters() if p.requires_grad]
+def trained(model: torch.nn.Module, loss_fn: torch.nn.Module) -> list[torch.nn.Parameter]:
+    return [p for module in (model, loss_fn) for p in module.parameters() if p.requires_grad]
 
 
 def check_finite(
-    step: int, batch: Batch, loss: torch.Tensor, grad_norm: torch.Tensor, ranks: Ranks
+    step: int, batch: Batch | GroupBatch, loss: torch.Tensor, grad_norm: torch.Tensor, ranks: Ranks
 ) -> None:
     """Raise ValueError, naming step and examples, before a bad update reaches the weights."""
     if torch.isfinite(loss) and torch.isfinite(grad_norm):  # both are the same on every rank

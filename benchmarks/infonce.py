@@ -1,208 +1,51 @@
 """Time and memory of the loss alone, forward and backward: python -m benchmarks.infonce
 
 Ours against the other ways of computing the same loss on the same unit-norm embeddings, one dim or
-several Matryoshka dims, each in float32 as it comes. Times: all sides by turns in one process, with
-the allocator of train.py, after a call that is not counted; the ratio to a peer is the median over
-rounds, a rate is queries over seconds. Memory: growth at the highest point of one call, gradients
-included, in a process of its own. Beside them the relative error of the gradient against float64.
+several Matryoshka dims, in float32 and, where the device multiplies it, bfloat16 (then inputs and
+gradients are bfloat16). benchmarks/infonce_sides.py has the sides; one that fails or does not serve
+a case gets a row with the reason. Beside time and memory the relative error of the gradient against
+float64, of some rows where there are many.
 
-Shapes: B queries, N candidate passages (the first B answer them, in order), D embedding, d a prefix
-of it.
+On a CPU  all sides by turns in one process, with the allocator of train.py, after a call that is
+          not counted; the ratio to a peer is the median over rounds. Memory is the growth at the
+          highest point of one call, gradients included, in a process of its own.
+On CUDA   one side after the other in a worker process, which a broken one leaves to a new one.
+          Events around each call, the L2 cache swept before it; the ratio is that of the medians.
+
+Shapes: B queries, N candidate passages (the first B answer them, in order), D embedding.
 """
 
 import argparse
-import importlib.util
-import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+import statistics
+from collections.abc import Iterator
+from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from benchmarks.infonce_cells import CELL_LIMIT_S, Cell, run_cells
+from benchmarks.infonce_sides import DTYPES, KINDS, OURS, PATHS, PEERS, SIDES, Case
+from benchmarks.infonce_truth import cosine_for, embeddings, gradient_error, truth
 
 SIZES = ("1024x1024x384", "2048x2048x384", "4096x4096x384", "8192x8192x384", "2048x4096x384")
 DIMS = ("-", "384,256,128,64,32")
-TEMPERATURE = 0.05
-Gradients = tuple[Tensor, Tensor, Tensor]  # loss, its gradient by q_BD and by p_ND
-
-# ----------------------------------------------------------------------------------------------
-# the sides: (q_BD, p_ND, dims) -> Gradients; the loss is the mean over dims, () is the full width
 
 
-def rook(q_BD: Tensor, p_ND: Tensor, dims: Sequence[int]) -> Gradients:
-    from conf.schema import LossConfig
-    from losses.infonce import InfoNCE, Targets
-
-    B = len(q_BD)
-    row_B = torch.arange(B, device=q_BD.device)
-    targets = Targets(
-        pair_query_P=row_B,
-        pair_passage_P=row_B,
-        pair_weight_P=torch.ones(B, device=q_BD.device),
-        relatives_BK=row_B[:, None],
-        num_examples=B,
-    )
-    loss_fn = InfoNCE(LossConfig(temperature=TEMPERATURE, dims=list(dims))).to(q_BD.device)
-    q_BD, p_ND = _leaves(q_BD, p_ND)
-    loss, _ = loss_fn(q_BD, p_ND, targets)
-    loss.backward()
-    return loss.detach(), q_BD.grad, p_ND.grad
-
-
-def dense(q_BD: Tensor, p_ND: Tensor, dims: Sequence[int]) -> Gradients:
-    """Plain torch: cross_entropy of B x N scores."""
-
-    def one(q_Bd: Tensor, p_Nd: Tensor, row_B: Tensor) -> Tensor:
-        return F.cross_entropy(q_Bd @ p_Nd.T / TEMPERATURE, row_B)
-
-    return _mean_over_dims(one, q_BD, p_ND, dims)
-
-
-def linear_cross_entropy(q_BD: Tensor, p_ND: Tensor, dims: Sequence[int]) -> Gradients:
-    """torch's own chunked form, as its documentation switches it on."""
-    from torch.nn import LinearCrossEntropyOptions
-
-    def one(q_Bd: Tensor, p_Nd: Tensor, row_B: Tensor) -> Tensor:
-        options = LinearCrossEntropyOptions()
-        return F.linear_cross_entropy(q_Bd / TEMPERATURE, p_Nd, row_B, options=options)
-
-    return _mean_over_dims(one, q_BD, p_ND, dims)
-
-
-def sentence_transformers(q_BD: Tensor, p_ND: Tensor, dims: Sequence[int]) -> Gradients:
-    """The loss stage of CachedMultipleNegativesRankingLoss, under MatryoshkaLoss for several dims.
-
-    Called as its forward_cached calls it: leaves of mini_batch_size (32) rows, the backward inside.
-    Passages beyond the first B are columns of hard negatives.
-    """
-    from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
-    from sentence_transformers.sentence_transformer.losses.matryoshka import CachedLossDecorator
-
-    no_model = torch.nn.Sequential(torch.nn.Identity())  # the loss stage never encodes
-    loss_fn = CachedMultipleNegativesRankingLoss(no_model, scale=1 / TEMPERATURE)
-    calculate = loss_fn.calculate_loss
-    if dims:
-        calculate = CachedLossDecorator(calculate, list(dims), [1 / len(dims)] * len(dims))
-    columns = [q_BD, *p_ND.split(len(q_BD))]
-    parts = [
-        [x.detach().requires_grad_() for x in column.split(loss_fn.mini_batch_size)]
-        for column in columns
-    ]
-    loss = calculate(parts, None, with_backward=True)
-    q_grad, *p_grads = (torch.cat([x.grad for x in column]) for column in parts)
-    return loss.detach(), q_grad, torch.cat(p_grads)
-
-
-@dataclass(frozen=True)
-class Side:
-    compute: Callable[[Tensor, Tensor, Sequence[int]], Gradients]
-    is_here: Callable[[], bool] = lambda: True
-    precisions: tuple[str, ...] = ("fp32",)
-
-
-OURS = "rook"
-SIDES = {
-    OURS: Side(rook),
-    "dense": Side(dense),
-    "linear_cross_entropy": Side(
-        linear_cross_entropy, lambda: hasattr(torch.nn, "LinearCrossEntropyOptions")
-    ),
-    "sentence-transformers": Side(
-        sentence_transformers, lambda: importlib.util.find_spec("sentence_transformers") is not None
-    ),
-}
-DTYPES = {"fp32": torch.float32}
-
-
-def _leaves(*tensors: Tensor) -> list[Tensor]:
-    return [x.detach().requires_grad_() for x in tensors]
-
-
-def _prefixes(
-    q_BD: Tensor, p_ND: Tensor, dims: Sequence[int]
-) -> Iterator[tuple[Tensor, Tensor, float]]:
-    """(q_Bd, p_Nd, weight) for each dim; prefixes are normalised again."""
-    D = q_BD.shape[1]
-    for d in dims or (D,):
-        if d == D:
-            yield q_BD, p_ND, 1 / max(1, len(dims))
-        else:
-            q_Bd, p_Nd = F.normalize(q_BD[:, :d], dim=-1), F.normalize(p_ND[:, :d], dim=-1)
-            yield q_Bd, p_Nd, 1 / len(dims)
-
-
-def _mean_over_dims(
-    one: Callable[[Tensor, Tensor, Tensor], Tensor],
-    q_BD: Tensor,
-    p_ND: Tensor,
-    dims: Sequence[int],
-) -> Gradients:
-    q_BD, p_ND = _leaves(q_BD, p_ND)
-    row_B = torch.arange(len(q_BD), device=q_BD.device)
-    loss = sum(one(q, p, row_B) * weight for q, p, weight in _prefixes(q_BD, p_ND, dims))
-    loss.backward()
-    return loss.detach(), q_BD.grad, p_ND.grad
-
-
-# ----------------------------------------------------------------------------------------------
-# what they are given and what they must find
-
-
-def embeddings(B: int, N: int, D: int, *, cosine: float) -> tuple[Tensor, Tensor]:
-    """Seeded random unit vectors; a query and its answer have about the given cosine."""
-    generator = torch.Generator().manual_seed(0)
-    q_BD = F.normalize(torch.randn(B, D, generator=generator), dim=-1)
-    p_ND = F.normalize(torch.randn(N, D, generator=generator), dim=-1)
-    p_ND[:B] = F.normalize(cosine * q_BD + math.sqrt(1 - cosine**2) * p_ND[:B], dim=-1)
-    return q_BD, p_ND
-
-
-def truth(q_BD: Tensor, p_ND: Tensor, dims: Sequence[int], *, rows: int = 256) -> Gradients:
-    """The loss and its gradients in float64, `rows` queries at a time so that no B x N scores are
-    held."""
-    q_BD, p_ND = _leaves(q_BD.double(), p_ND.double())
-    total = q_BD.new_zeros(())
-    for start in range(0, len(q_BD), rows):
-        some = slice(start, min(start + rows, len(q_BD)))
-        row_b = torch.arange(some.start, some.stop, device=q_BD.device)
-        for q_bd, p_Nd, weight in _prefixes(q_BD[some], p_ND, dims):
-            log_p_bN = torch.log_softmax(q_bd @ p_Nd.T / TEMPERATURE, 1)
-            loss = -log_p_bN[row_b - start, row_b].sum() * weight / len(q_BD)
-            loss.backward()
-            total += loss.detach()
-    return total, q_BD.grad, p_ND.grad
-
-
-def gradient_error(found: Gradients, wanted: Gradients, q_BD: Tensor, p_ND: Tensor) -> float:
-    """Norm of the difference over the norm, of both gradients together.
-
-    Along the sphere alone: a tower's normalisation drops the rest, and a side that normalises
-    itself has dropped it already.
-    """
-
-    def along(gradients: Gradients) -> Tensor:
-        parts = []
-        for g, x in zip(gradients[1:], (q_BD.double(), p_ND.double()), strict=True):
-            g = g.double()
-            parts.append((g - (g * x).sum(1, keepdim=True) * x).flatten())
-        return torch.cat(parts)
-
-    a, b = along(found), along(wanted)
-    return ((a - b).norm() / b.norm()).item()
-
-
-# ----------------------------------------------------------------------------------------------
-# measuring
-
-
-def arguments() -> argparse.Namespace:
+def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.infonce",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    peers = [side for side in SIDES if side != OURS]
-    parser.add_argument("--peer", nargs="+", choices=peers, default=peers)
+    others = [*PATHS, *PEERS]
+    parser.add_argument("--loss", nargs="+", choices=KINDS, default=["one-sided"])
+    parser.add_argument(
+        "--ours", choices=(OURS, *PATHS), default=OURS, help="rook: as a training step calls it"
+    )
+    parser.add_argument(
+        "--peer", nargs="+", choices=others, metavar="SIDE",
+        help=f"of {', '.join(others)}; default: all others, on a CPU none of our own paths",
+    )  # fmt: skip
     parser.add_argument("--size", nargs="+", default=SIZES, metavar="BxNxD", help="N >= B")
     parser.add_argument(
         "--dims", nargs="+", default=DIMS, help="each a list with commas; - is the full width"
@@ -210,11 +53,24 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--precision", nargs="+", choices=tuple(DTYPES), default=["fp32"])
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--cosine", type=float, default=0.4, help="of a query and its answer")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument(
+        "--at-loss", nargs="+", type=float, metavar="NATS",
+        help="instead: the cosine at which one-sided InfoNCE is about this; a case each",
+    )  # fmt: skip
+    parser.add_argument("--rounds", type=int, default=7, help="by turns, on a CPU")
+    parser.add_argument(
+        "--way", choices=("auto", "turns", "cells"), default="auto",
+        help="turns on a CPU, cells on CUDA",
+    )  # fmt: skip
+    parser.add_argument(
+        "--limit-s", type=float, default=float("inf"), help="cells: begin none after this"
+    )
+    parser.add_argument("--cell-limit-s", type=float, default=CELL_LIMIT_S)
     parser.add_argument("--json", metavar="FILE")
-    parser.add_argument("--csv", action="store_true", help="append to benchmarks/data/infonce.csv")
+    parser.add_argument("--csv", action="store_true", help="append to infonce.csv")
+    parser.add_argument("--out", metavar="FOLDER", help="of infonce.csv, for benchmarks/data")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = parser.parse_args(given)
     for size in args.size:
         if len(shape := size.split("x")) != 3 or not all(n.isdigit() for n in shape):
             parser.error(f"--size {size}: want BxNxD, such as 2048x4096x384")
@@ -223,87 +79,117 @@ def arguments() -> argparse.Namespace:
     return args
 
 
+def cases_of(args: argparse.Namespace) -> Iterator[Case]:
+    for kind in args.loss:
+        for precision in args.precision:
+            for size in args.size:
+                for listed in args.dims:
+                    B, N, D = map(int, size.split("x"))
+                    dims = () if listed == "-" else tuple(int(d) for d in listed.split(","))
+                    for cosine in [cosine_for(x, N, D) for x in args.at_loss or ()] or [args.cosine]:
+                        yield Case(kind, precision, B, N, D, dims, cosine)
+
+
 def compare(args: argparse.Namespace) -> None:
-    from benchmarks.turns import emit
+    from runtime.device import pick_device
 
+    device = pick_device(args.device).type
+    by_turns = args.way == "turns" or (args.way == "auto" and device == "cpu")
+    args.peer = [p for p in args.peer or [*([] if by_turns else PATHS), *PEERS] if p != args.ours]
     rows = []
-    for precision in args.precision:
-        sides = [OURS, *(p for p in args.peer if precision in SIDES[p].precisions)]
-        missing = [side for side in sides if not SIDES[side].is_here()]
-        if missing:
-            print(f"left out, not in this environment: {', '.join(missing)}")
-        sides = [side for side in sides if side not in missing]
-        if len(sides) == 1:
-            raise SystemExit(f"no peer is left in {precision}; choose others with --peer")
-        for size in args.size:
-            for dims in args.dims:
-                rows += measured(args, precision, size, dims, sides)
-    emit(rows, csv_name="infonce.csv" if args.csv else None, json_path=args.json)
+    if by_turns:
+        for case in cases_of(args):
+            rows += by_turns_in(args, case, device)
+    else:
+        rows = in_cells(args, list(cases_of(args)), device)
+    write(rows, args)
 
 
-def measured(
-    args: argparse.Namespace, precision: str, size: str, dims: str, sides: list[str]
-) -> list[dict]:
+# ----------------------------------------------------------------------------------------------
+# by turns
+
+
+def by_turns_in(args: argparse.Namespace, case: Case, device: str) -> list[dict]:
     """A row for each peer."""
     from benchmarks.turns import row, run_worker
 
-    options = ["--size", size, "--dims", dims, "--precision", precision]
-    options += ["--device", args.device, "--cosine", str(args.cosine)]
+    reasons = {side: SIDES[side].why_not(case, device) for side in (args.ours, *args.peer)}
+    sides = [side for side, why_not in reasons.items() if not why_not]
+    if reasons[args.ours] or len(sides) == 1:
+        lines = "\n".join(f"  {side}: {why_not}" for side, why_not in reasons.items())
+        raise SystemExit(f"{case.name}: nothing to compare\n{lines}")
+    options = ["--loss", case.kind, "--size", case.size, "--precision", case.precision]
+    options += ["--dims", ",".join(map(str, case.dims)) or "-", "--device", device]
+    options += ["--cosine", str(case.cosine), "--ours", args.ours]
     times = run_worker(
         "benchmarks.infonce",
-        [*("--worker", "times"), *options, "--rounds", str(args.rounds), "--peer", *sides[1:]],
+        [*("--worker", "times"), *options, "--rounds", str(args.rounds), "--peer", *sides],
     )
-    B = int(size.split("x")[0])
+    reasons |= times["failed"]
     results, ms, error = {}, {}, times["gradient_error"]
-    for side in sides:
+    for side in times["seconds"]:
         alone = run_worker("benchmarks.infonce", ["--worker", side, *options])
         shared = {"peak_mib": alone["peak_mib"], "device": times["device"]}
-        results[side] = [shared | {"rate": B / s} for s in times["seconds"][side]]
-        ms[side] = round(1000 * sorted(times["seconds"][side])[args.rounds // 2], 2)
-    name = f"loss {size} dims {dims if dims != '-' else size.split('x')[2]}"
-    return [
-        row(name, peer, precision, results)
-        | {
-            **{"ms": ms[OURS], "peer_ms": ms[peer], "loss": times["loss"]},
-            **{"gradient_error": error[OURS], "peer_gradient_error": error[peer]},
-        }
-        for peer in sides[1:]
-    ]
+        results[side] = [shared | {"rate": case.B / s} for s in times["seconds"][side]]
+        ms[side] = round(1000 * statistics.median(times["seconds"][side]), 2)
+    ours = args.ours
+    if ours not in results:
+        raise SystemExit(f"{case.name}: {ours}: {reasons[ours]}")
+    rows = []
+    for peer in args.peer:
+        if peer not in results:
+            print(f"{case.name}: {peer}: {reasons[peer]}")
+            continue
+        found = row(case.name, peer, case.precision, results, ours=ours)
+        found |= {"ms": ms[ours], "peer_ms": ms[peer], "loss": times["loss"]}
+        found |= {"gradient_error": error[ours], "peer_gradient_error": error[peer]}
+        rows.append(found | _about(case, ours) | {"note": SIDES[peer].note(case)})
+    return rows
 
 
-def _given(args: argparse.Namespace) -> tuple[Tensor, Tensor, list[int], torch.device]:
+def _about(case: Case, ours: str) -> dict:
+    return {"kind": case.kind, "ours": ours, "cosine": round(case.cosine, 4)}
+
+
+def _given(args: argparse.Namespace) -> tuple[Tensor, Tensor, Case, torch.device]:
     from runtime.device import pick_device
 
     device = pick_device(args.device)
-    B, N, D = map(int, args.size[0].split("x"))
-    dims = [] if args.dims[0] == "-" else [int(d) for d in args.dims[0].split(",")]
-    q_BD, p_ND = embeddings(B, N, D, cosine=args.cosine)
-    dtype = DTYPES[args.precision[0]]
-    return q_BD.to(device, dtype), p_ND.to(device, dtype), dims, device
+    (case,) = cases_of(args)
+    q_BD, p_ND = embeddings(case.B, case.N, case.D, cosine=case.cosine)
+    dtype = DTYPES[case.precision]
+    return q_BD.to(device, dtype), p_ND.to(device, dtype), case, device
 
 
 def work_times(args: argparse.Namespace) -> dict:
-    """Seconds and gradient error of every side, in this process."""
+    """Seconds and gradient error of the sides in --peer, ours among them, in this process."""
     from benchmarks.turns import device_name, interleaved
     from runtime.device import keep_freed_memory
 
     keep_freed_memory()
-    q_BD, p_ND, dims, device = _given(args)
-    wanted = truth(q_BD, p_ND, dims)
-    sides = [OURS, *args.peer]
-    found = {side: SIDES[side].compute(q_BD, p_ND, dims) for side in sides}
-    for side in sides:
-        if not torch.isclose(found[side][0].double(), wanted[0], rtol=1e-2):
-            raise SystemExit(f"{side} finds loss {found[side][0]}, float64 {wanted[0]}")
-    error = {
-        side: float(f"{gradient_error(found[side], wanted, q_BD, p_ND):.2g}") for side in sides
+    q_BD, p_ND, case, device = _given(args)
+    wanted = truth(q_BD, p_ND, case.dims, case.kind)
+    failed, error = {}, {}
+    for side in args.peer:
+        try:
+            found = SIDES[side].compute(q_BD, p_ND, case.dims, case.kind)
+        except Exception as reason:  # a line, not the end of the run
+            failed[side] = f"{type(reason).__name__}: {reason}"[:200]
+            continue
+        if not torch.isclose(found[0].double(), wanted.loss, rtol=1e-2, atol=0):
+            failed[side] = f"finds loss {found[0]:.6g}, float64 {wanted.loss:.6g}"
+            continue
+        error[side] = float(f"{gradient_error(found, wanted, q_BD, p_ND):.2g}")
+        del found
+    calls = {
+        side: (lambda _, s=side: SIDES[s].compute(q_BD, p_ND, case.dims, case.kind))
+        for side in error
     }
-    del found
-    calls = {side: (lambda _, s=side: SIDES[s].compute(q_BD, p_ND, dims)) for side in sides}
     return {
         "seconds": interleaved(calls, args.rounds, device),
+        "failed": failed,
         "gradient_error": error,
-        "loss": round(wanted[0].item(), 4),
+        "loss": round(wanted.loss.item(), 4),
         "device": device_name(device),
     }
 
@@ -312,14 +198,112 @@ def work_memory(args: argparse.Namespace) -> dict:
     """Growth at the highest point of one call of one side, alone in this process."""
     from benchmarks.turns import PeakMemory, release_freed_memory
 
-    q_BD, p_ND, dims, device = _given(args)
+    q_BD, p_ND, case, device = _given(args)
     compute = SIDES[args.worker].compute
     # libraries load what they need, and threads their buffers
-    compute(q_BD[:64].clone(), p_ND[:64].clone(), dims)
+    compute(q_BD[:64].clone(), p_ND[:64].clone(), case.dims, case.kind)
     release_freed_memory()
     with PeakMemory(device) as memory:
-        compute(q_BD, p_ND, dims)
+        compute(q_BD, p_ND, case.dims, case.kind)
     return {"peak_mib": round(memory.grown_mib, 1)}
+
+
+# ----------------------------------------------------------------------------------------------
+# in cells
+
+
+def in_cells(args: argparse.Namespace, cases: list[Case], device: str) -> list[dict]:
+    """A row for each case and peer; ours is measured once a case."""
+
+    def report(cell: Cell, found: dict) -> None:
+        outcome = f"{found['ms']:g} ms" if "ms" in found else found["note"]
+        print(f"{cell.case.name} {cell.case.precision} {cell.side}: {outcome}", flush=True)
+
+    cells = [Cell(case, side) for case in cases for side in (args.ours, *args.peer)]
+    cells = [c for c in cells if c.case.kind in SIDES[c.side].kinds]
+    found = run_cells(
+        cells, device=device, limit_s=args.limit_s, cell_limit_s=args.cell_limit_s, report=report
+    )
+    by_case: dict[Case, dict[str, dict]] = {case: {} for case in cases}
+    for cell, result in zip(cells, found, strict=True):
+        by_case[cell.case][cell.side] = result
+    rows = []
+    for case, results in by_case.items():
+        ours = results.pop(args.ours, {"note": "has no such loss"})
+        rows += [
+            paired(case, args.ours, ours, peer, found) for peer, found in results.items()
+        ] or [paired(case, args.ours, ours, "", {})]
+    return rows
+
+
+def paired(case: Case, ours: str, of_ours: dict, peer: str, of_peer: dict) -> dict:
+    """The row of a comparison by turns, with empty cells for what is not known; its `note` says why
+    and is the peer's, `ours_note` ours."""
+    first = of_ours if "ms" in of_ours else of_peer
+    both = "ms" in of_ours and "ms" in of_peer
+    row = {
+        "name": case.name,
+        "peer": peer,
+        "precision": case.precision,
+        "device": first.get("device", ""),
+        "rate": _rate(case, of_ours),
+        "peer_rate": _rate(case, of_peer),
+        "ratio": round(of_peer["ms"] / of_ours["ms"], 3) if both else "",
+        "peak_mib": of_ours.get("peak_mib", ""),
+        "peer_peak_mib": of_peer.get("peak_mib", ""),
+        "rounds": first.get("calls", ""),
+        "loss": first.get("loss", ""),
+    }
+    for key in ("ms", "p20_ms", "p80_ms", "beyond_mib", "gradient_error"):
+        row |= {key: of_ours.get(key, ""), f"peer_{key}": of_peer.get(key, "")}
+    return (
+        row | _about(case, ours) | {"ours_note": of_ours["note"], "note": of_peer.get("note", "")}
+    )
+
+
+def _rate(case: Case, found: dict) -> float | str:
+    return round(1000 * case.B / found["ms"], 2) if "ms" in found else ""
+
+
+# ----------------------------------------------------------------------------------------------
+# the table
+
+
+SHOWN = {
+    "name": "name", "precision": "type", "cosine": "cosine", "loss": "loss", "peer": "peer",
+    "ms": "ms", "peer_ms": "peer ms", "ratio": "ratio", "peak_mib": "MiB",
+    "peer_peak_mib": "peer MiB", "gradient_error": "error", "peer_gradient_error": "peer error",
+    "note": "note",
+}  # fmt: skip
+
+
+def table(rows: list[dict], shown: dict[str, str] = SHOWN) -> str:
+    """Columns as wide as their longest cell; numbers to the right."""
+    lines = [list(shown.values()), *([str(r.get(k, "")) for k in shown] for r in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    texts = [any(isinstance(r.get(k), str) and r[k] for r in rows) for k in shown]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if is_text else cell.rjust(width)
+            for cell, width, is_text in zip(line, widths, texts, strict=True)
+        ).rstrip()
+        for line in lines
+    )
+
+
+def write(rows: list[dict], args: argparse.Namespace) -> None:
+    import json
+
+    from benchmarks.turns import DATA, append_csv, provenance
+
+    print(table(rows))
+    if args.json:
+        Path(args.json).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    if args.csv:
+        folder = Path(args.out or DATA)
+        folder.mkdir(parents=True, exist_ok=True)
+        measured = [r for r in rows if r["ms"] != "" or r.get("peer_ms", "") != ""]
+        append_csv(folder / "infonce.csv", [r | provenance() for r in measured])
 
 
 if __name__ == "__main__":

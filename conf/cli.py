@@ -51,8 +51,10 @@ EXAMPLES = {
     "data.root": "data=local data.root=my_pairs.jsonl, or without files of your own data=pydocs",
     "model": "model=runs/quickstart/default/seed0, or a model folder or hub id",
     "data": "data=<BEIR folder, or a file of pairs>",
+    "out": "out=<folder>",
 }
 SELF_CONTAINED = ("pydocs", "toy")  # data formats that need no data.root
+DELTA_GROUPS = ("experiment", "dataset")  # typed with a +: files of differences to the defaults
 GROUP_PATH_KEY = {"model": "model.base", "data": "data.root"}  # what `model=<path>` probably means
 
 USAGE_ERROR, JOB_ERROR = 2, 1  # exit codes
@@ -424,6 +426,8 @@ def prepare_overrides(
                 )
             elif kind is Any and not _parses(f"{key}={value}"):
                 value = _quoted(value)
+            elif get_origin(kind) is list:
+                value = _list_value(key, value, kind, is_multirun=is_multirun)
         word = f"{prefix}{key}{equals}{value}"
         if not _parses(word):
             raise UsageError(
@@ -456,6 +460,24 @@ def quote_value(value: str, *, is_optional: bool, is_path: bool, is_multirun: bo
     return _quoted(value)
 
 
+def _list_value(key: str, value: str, kind: Any, *, is_multirun: bool) -> str:
+    """`value` of a list, with quotes around the texts that Hydra's grammar would not take.
+
+    Raises UsageError for a value without brackets, which Hydra takes for choices of a sweep, or for
+    an int.
+    """
+    if not value.startswith(("[", "${")) and not (is_multirun and "(" in value):
+        raise UsageError(
+            f"{key} is a list, found '{value}'; write '{key}=[{value}]', in single quotes for the"
+            " shell"
+        )
+    if get_args(kind) != (str,) or not re.fullmatch(r"\[[^\[\]]+\]", value):
+        return value
+    parts = [part.strip() for part in _split_choices(value[1:-1])]
+    plain = re.compile(r"""[A-Za-z_/.][-\w./:]*|".*"|'.*'|""", re.ASCII)
+    return f"[{','.join(p if plain.fullmatch(p) else _quoted(p) for p in parts)}]"
+
+
 def _quoted(value: str) -> str:
     return QuotedString(text=value, quote=Quote.double).with_quotes()
 
@@ -466,7 +488,7 @@ def _split_choices(value: str) -> list[str]:
 
 
 def _is_path_key(key: str) -> bool:
-    return key in PATH_KEYS or bool(re.fullmatch(r"data\.sets\.[^.]+\.root", key))
+    return key in PATH_KEYS or bool(re.fullmatch(r"data\.sets\.[^.]+\.(root|texts)", key))
 
 
 def _parses(word: str) -> bool:
@@ -514,7 +536,7 @@ def group_options(cls: type, conf_dir: Path, extra_dir: Path | None = None) -> d
     extra_dir  what --config-dir names: more options, or files in place of ours
     """
     groups = {}
-    for name in ("experiment", *(f.name for f in fields(cls))):
+    for name in (*DELTA_GROUPS, *(f.name for f in fields(cls))):
         folders = [
             folder / name for folder in (conf_dir, extra_dir) if folder and (folder / name).is_dir()
         ]
@@ -552,7 +574,7 @@ def _check_group_value(
 def _unknown_setting(
     key: str, arg: str, cls: type, groups: dict[str, list[str]], program: str
 ) -> str:
-    if key == "experiment" or key in ("evaluate", "prepare"):
+    if key in (*DELTA_GROUPS, "evaluate", "prepare"):
         return f"'{arg}': {program} takes no '{key}'"
     keys = known_keys(cls) + ([] if "." in key else [*groups])
     prefix = re.match(r"data\.sets\.[^.]+\.", key)
@@ -595,7 +617,8 @@ def help_text(cls: type, config_name: str, conf_dir: Path, program: str) -> str:
     """What --help prints."""
     text = HELP.get(config_name, "Use: python {program} key=value ...\n").format(program=program)
     for group, options in group_options(cls, conf_dir).items():
-        plus, title = ("+", "Experiments") if group == "experiment" else ("", f"Options of {group}")
+        plus = "+" if group in DELTA_GROUPS else ""
+        title = f"{group.capitalize()}s" if plus else f"Options of {group}"
         text += f"\n{title} ({plus}{group}=<name>, files in conf/{group}/):\n"
         for option in options:
             text += f"  {option:16} {headline(conf_dir / group / f'{option}.yaml')}\n"
@@ -635,6 +658,24 @@ Evaluate a model on a test set: python {program} model=<model> data=<test set> [
   python {program} model=runs/mine/default/seed0 data=my_beir_folder against=bm25 out=eval/mine
       paired differences to another model or eval.json; files in eval/mine
 
-  split=test|dev|...   dims=[...]   precision=fp32|bf16|int8|binary   bm25=true|false
+  python {program} model=<cross-encoder> data=my_beir_folder first_stage=bm25 rerank_k=100
+      before and after reranking what BM25, a retriever or a run file finds
+  python {program} model=<cross-encoder> data=rows.jsonl texts=my_beir_folder 'also=[bm25,random]'
+      several models side by side on the candidates that labelled rows bring
+
+  split=test|dev|...   'dims=[...]'   precision=fp32|bf16|int8|binary   bm25=true|false
+""",
+    "prepare": """\
+Make a training set: python {program} 'stages=[<stage>,...]' data=<pairs or BEIR folder> out=<folder>
+
+  python {program} 'stages=[mine]' data=my_beir_folder out=mined mine.model=runs/mine/default/seed0
+      hard negatives: the nearest passages by a model, 5% below the positive
+  python {program} 'stages=[mine]' data=my_pairs.jsonl out=mined 'mine.sources=[bm25]'
+      from BM25
+  python {program} ... 'mine.sources=[model,bm25]' mine.reranker=runs/reranker/default/seed0
+      from both; what a cross-encoder takes for an answer is left out
+
+Each stage writes out/<stage>.jsonl for the next one and for train.py (data=local data.root=...). The
+same command again goes on where it was stopped. What was kept and dropped: out/report.md.
 """,
 }

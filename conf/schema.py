@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, get_type_hints
 
-from omegaconf import MISSING
+MISSING: Any = "???"  # what omegaconf calls MISSING; it need not be there for a loss or a model
 
 
 def _require(ok: bool, message: str) -> None:
@@ -97,7 +97,8 @@ class ModelConfig:
 
 CONTRASTIVE_LOSSES = ("infonce", "sigmoid")
 RERANK_LOSSES = (
-    "bce", "softmax", "listmle", "ranknet", "lambdarank", "margin_mse", "kl", "cross_entropy",
+    "bce", "softmax", "listmle", "ranknet", "lambdarank", "lambdaloss", "margin_mse", "kl",
+    "cross_entropy",
 )  # fmt: skip
 
 
@@ -113,7 +114,8 @@ class LossConfig:
     """
 
     # retrieval: infonce | sigmoid (SigLIP: each cell by itself); rerank: bce | softmax (listwise) |
-    # listmle | ranknet | lambdarank | margin_mse | kl (both to the data's scores) | cross_entropy
+    # listmle | ranknet | lambdarank | lambdaloss (NDCG-Loss2++) | margin_mse | kl (both to the
+    # data's scores) | cross_entropy
     kind: str = "infonce"
     temperature: float = 0.05
     learn_temperature: bool = False
@@ -519,12 +521,20 @@ class TrainConfig:
 
 @dataclass
 class EvaluateConfig:
-    model: str = MISSING  # run directory, model folder or hub id; bm25 for BM25 alone
+    model: str = MISSING  # run directory, model folder or hub id; bm25, random, or a run file
     data: str = MISSING  # BEIR folder, or anything data.formats reads
     split: str = "test"
     dims: list[int] = field(default_factory=list)  # empty: the full dimension
     precision: str = "fp32"  # of the stored document vectors: fp32 | bf16 | int8 | binary
     against: str | None = None  # another model, or an eval.json
+    # what puts candidates in order (a cross-encoder, or any model where one of these is set)
+    first_stage: str | None = None  # bm25 | retriever | run file; data: the data's own candidates
+    rerank_k: int = 100  # of the first stage's documents
+    also: list[str] = field(
+        default_factory=list
+    )  # beside the model: bm25 | random | retriever | cross-encoder | eval.json
+    texts: str | None = None  # BEIR folder that holds the texts, where data= is rows of ids
+    latency_queries: int = 20  # timed one at a time, for a cross-encoder
     out: str | None = None  # folder for eval.json and run.trec
     bm25: bool = True
     top_k: int = 100
@@ -540,6 +550,248 @@ class EvaluateConfig:
         _one_of("device", self.device, ("auto", "cpu", "cuda", "mps"))
         _require(self.top_k >= 10, f"top_k ({self.top_k}) must be >= 10")
         _require(all(d > 0 for d in self.dims), f"dims ({self.dims}) must be positive")
+        _require(self.rerank_k >= 1, f"rerank_k ({self.rerank_k}) must be >= 1")
+        _require(
+            self.latency_queries >= 0, f"latency_queries ({self.latency_queries}) must be >= 0"
+        )
+
+
+@dataclass
+class MineConfig:
+    """Which passages become a query's hard negatives (data/negatives.py). Limits look at the
+    model's score where a model is set, else at that of the one source.
+    """
+
+    # model (nearest passages by its cosine) | bm25 | run (mine.run); of several the candidates are
+    # taken in turns, best first
+    sources: list[str] = field(default_factory=lambda: ["model"])
+    model: str | None = None  # run directory, model folder or hub id
+    run: str | None = None  # TREC run file with the ids of the data
+    corpus: str | None = None  # more passages to choose from: BEIR folder or file; null: the data's
+    num_negatives: int = 3  # a query
+    # rank in each source, from 1, the query's positives left out
+    first_rank: int = 1
+    last_rank: int = 50
+    # false negatives: left out above positive - margin, above positive - (1 - fraction) *
+    # |positive|; the positive is the lowest-scored one of the query. NV-Retriever: fraction 0.95
+    margin: float | None = None
+    fraction: float | None = 0.95
+    max_score: float | None = None
+    min_score: float | None = None
+    near_duplicate: float | None = 0.8  # left out: this similar to a positive (data/splits.py)
+    choice: str = "top"  # top | sample (seeded, each candidate equally likely)
+    keep_own: bool = True  # the data's own negatives come first, beside the mined ones
+    reranker: str | None = None  # cross-encoder: its scores are written beside the passages, ...
+    veto_above: float | None = 0.5  # ... and a negative of a higher probability is left out
+
+    def __post_init__(self) -> None:
+        for name in self.sources:
+            _one_of("mine.sources", name, ("model", "bm25", "run"))
+        _require(
+            bool(self.sources) and len(set(self.sources)) == len(self.sources),
+            f"mine.sources ({self.sources}) must name one or more of model, bm25, run, each once",
+        )
+        limits = [k for k in ("margin", "max_score", "min_score") if getattr(self, k) is not None]
+        _require(
+            len(self.sources) == 1 or self.model is not None or not limits,
+            f"mine.{limits[0] if limits else ''} needs one scale of scores: set mine.model, or one"
+            f" of mine.sources ({self.sources})",
+        )
+        _require(self.num_negatives >= 1, f"mine.num_negatives ({self.num_negatives}) must be >= 1")
+        _require(
+            1 <= self.first_rank <= self.last_rank,
+            f"mine.first_rank ({self.first_rank}) and mine.last_rank ({self.last_rank}) must"
+            " satisfy 1 <= first <= last",
+        )
+        _require(
+            self.fraction is None or 0 < self.fraction <= 2,
+            f"mine.fraction ({self.fraction}) must be in (0, 2]; null: none; 0.95 is common",
+        )
+        _require(
+            self.near_duplicate is None or 0 < self.near_duplicate <= 1,
+            f"mine.near_duplicate ({self.near_duplicate}) must be in (0, 1]; null: none",
+        )
+        _require(
+            self.min_score is None or self.max_score is None or self.min_score <= self.max_score,
+            f"mine.min_score ({self.min_score}) must be <= mine.max_score ({self.max_score})",
+        )
+        _require(
+            self.veto_above is None or 0 <= self.veto_above <= 1,
+            f"mine.veto_above ({self.veto_above}) is a probability, in [0, 1]; null: no veto",
+        )
+        _one_of("mine.choice", self.choice, ("top", "sample"))
+
+
+@dataclass
+class FilterConfig:
+    """Which (query, passage) pairs stay (data/filters.py). Bounds are [low, high], both allowed;
+    [] and null: not asked.
+    """
+
+    query_words: list[int] = field(default_factory=lambda: [2, 200])
+    passage_words: list[int] = field(default_factory=lambda: [3, 5000])
+    query_chars: list[int] = field(default_factory=list)
+    passage_chars: list[int] = field(default_factory=list)
+    query_tokens: list[int] = field(default_factory=list)
+    passage_tokens: list[int] = field(default_factory=list)
+    tokenizer: str | None = None  # model (folder, hub id, run) that counts the tokens
+    length_ratio: list[float] = field(default_factory=list)  # words of the query / of the passage
+    overlap: list[float] = field(default_factory=list)  # share of the query's words in the passage
+    script: str | None = None  # as Unicode names it: Latin, Arabic, Cyrillic, Cjk
+    min_script_share: float = 0.7  # of the letters of each text
+    language: str | None = None  # en | tr | ar | fa
+    min_language_share: float = 0.7  # of the words of each text
+    question: str = "any"  # any | only (the query asks) | never
+    answer_column: str | None = None  # of the data: a text, or several, one of them in the passage
+    copies: bool = False  # keep pairs whose query is the passage
+    max_symbol_share: float | None = 0.3  # of the characters: no letter, mark, digit, space
+    max_digit_share: float | None = None  # of letters and digits
+    max_repeated_share: float | None = 0.5  # of three-word sequences that came before in the text
+    boilerplate: bool = False  # keep texts with phrases of web pages around the text
+    boilerplate_phrases: list[str] = field(default_factory=list)  # more of them
+    near_duplicate: float | None = 0.9  # both texts this similar to those of an earlier pair
+    near_query: float | None = None  # the query this similar to that of an earlier pair
+    # models: a bi-encoder for the two cosines, a cross-encoder for the probability
+    model: str | None = None
+    min_similarity: float | None = None  # of query and passage
+    max_query_similarity: float | None = None  # of the query and an earlier pair's
+    reranker: str | None = None
+    min_probability: float = 0.85
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            bounds = getattr(self, f.name)
+            if not isinstance(bounds, list) or f.name == "boilerplate_phrases":
+                continue
+            ok = not bounds or (len(bounds) == 2 and 0 <= bounds[0] <= bounds[1])
+            _require(
+                ok, f"filter.{f.name} ({bounds}) must be [low, high] with 0 <= low <= high, or []"
+            )
+        for key in (
+            "min_script_share", "min_language_share", "max_symbol_share", "max_digit_share",
+            "max_repeated_share", "near_duplicate", "near_query", "min_probability",
+        ):  # fmt: skip
+            value = getattr(self, key)
+            least = key.startswith("near_")  # everything is similar by 0
+            _require(
+                value is None or (0 < value <= 1 if least else 0 <= value <= 1),
+                f"filter.{key} ({value}) must be in {'(' if least else '['}0, 1]",
+            )
+        for key in ("min_similarity", "max_query_similarity"):
+            value = getattr(self, key)
+            _require(
+                value is None or -1 <= value <= 1,
+                f"filter.{key} ({value}) is a cosine, in [-1, 1]; null: not asked",
+            )
+            _require(
+                value is None or self.model is not None,
+                f"filter.{key} needs filter.model=<folder, hub id or run>",
+            )
+        _require(
+            self.tokenizer is not None or not (self.query_tokens or self.passage_tokens),
+            "filter.query_tokens and filter.passage_tokens need filter.tokenizer=<model>",
+        )
+        _one_of("filter.question", self.question, ("any", "only", "never"))
+        if self.language is not None:
+            _one_of("filter.language", self.language, ("en", "tr", "ar", "fa"))
+
+
+@dataclass
+class ValidateConfig:
+    """Out-of-fold validation: a cross-encoder trained on the pairs of the other folds judges each
+    fold's (data/validate.py).
+    """
+
+    base: str | None = None  # what the judges start from: encoder folder, hub id or run
+    pooling: str | None = None  # mean | cls; null: as the base
+    max_pair_length: int | None = 256  # tokens of query and passage together
+    freeze: list[str] = field(default_factory=list)  # embeddings | layers:<n>
+    folds: int = 5
+    num_negatives: int = 4  # a pair and step: own ones first, then random passages
+    epochs: float = 2.0
+    batch_size: int = 16  # pairs a step, each with its negatives
+    lr: float = 5e-5
+    head_lr: float = 1e-3
+    warmup: float = 0.1  # share of the steps
+    chunk_tokens: int = 4096  # trained at once; does not change the result
+    min_probability: float = 0.85  # pairs below are dropped
+    # share of the pairs whose passage is replaced, on record, by another one before the judges are
+    # trained: the report then says what share of good and of bad pairs is kept
+    corrupt: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.pooling is not None:
+            _one_of("validate.pooling", self.pooling, ("mean", "cls"))
+        _require(
+            self.max_pair_length is None or self.max_pair_length >= 32,
+            f"validate.max_pair_length ({self.max_pair_length}) must be >= 32 tokens",
+        )
+        _require(self.folds >= 2, f"validate.folds ({self.folds}) must be >= 2")
+        for key in ("num_negatives", "batch_size", "chunk_tokens"):
+            _require(getattr(self, key) >= 1, f"validate.{key} ({getattr(self, key)}) must be >= 1")
+        for key in ("epochs", "lr", "head_lr"):
+            _require(getattr(self, key) > 0, f"validate.{key} ({getattr(self, key)}) must be > 0")
+        _require(0 <= self.warmup < 1, f"validate.warmup ({self.warmup}) must be in [0, 1)")
+        _require(
+            0 <= self.min_probability <= 1,
+            f"validate.min_probability ({self.min_probability}) must be in [0, 1]",
+        )
+        _require(0 <= self.corrupt < 1, f"validate.corrupt ({self.corrupt}) must be in [0, 1)")
+
+
+@dataclass
+class TripletsConfig:
+    """Rows of one query, one positive, one negative (data/triplets.py)."""
+
+    max_negatives: int = 1  # triplets a positive, with the first negatives of its row
+
+    def __post_init__(self) -> None:
+        _require(
+            self.max_negatives >= 1, f"triplets.max_negatives ({self.max_negatives}) must be >= 1"
+        )
+
+
+@dataclass
+class PartsConfig:
+    """Stage split: shares of the rows held out; rows that share a text stay together."""
+
+    dev_fraction: float = 0.1
+    test_fraction: float = 0.0
+
+    def __post_init__(self) -> None:
+        dev, test = self.dev_fraction, self.test_fraction
+        _require(
+            0 <= dev < 1 and 0 <= test < 1 and dev + test < 1,
+            f"parts.dev_fraction ({dev}) and parts.test_fraction ({test}) must be in [0, 1),"
+            " together below 1",
+        )
+
+
+@dataclass
+class PrepareConfig:
+    """Settings of prepare.py: what its stages share, then a section a stage."""
+
+    stages: list[str] = field(default_factory=list)  # in order; prepare.STAGES has them
+    data: str = MISSING  # BEIR folder, or anything data.formats reads
+    out: str = MISSING  # folder for <stage>.jsonl, report.json and report.md
+    split: str = "train"  # of data; a file of rows alone has none
+    columns: dict[str, str] = field(default_factory=dict)  # of data, as data.columns of train.py
+    seed: int = 0
+    device: str = "auto"
+    precision: str = "auto"  # auto | fp32 | bf16, of every model
+    batch_tokens: int = 0  # tokens encoded at once; 0: chosen by device
+    cache_dir: str = "artifacts/cache"
+    mine: MineConfig = field(default_factory=MineConfig)
+    filter: FilterConfig = field(default_factory=FilterConfig)
+    validate: ValidateConfig = field(default_factory=ValidateConfig)
+    triplets: TripletsConfig = field(default_factory=TripletsConfig)
+    parts: PartsConfig = field(default_factory=PartsConfig)  # of the stage split
+
+    def __post_init__(self) -> None:
+        _one_of("precision", self.precision, ("auto", "fp32", "bf16"))
+        _one_of("device", self.device, ("auto", "cpu", "cuda", "mps"))
+        _require(self.seed >= 0, f"seed ({self.seed}) must be >= 0")
+        _require(self.batch_tokens >= 0, f"batch_tokens ({self.batch_tokens}) must be >= 0")
 
 
 def known_keys(cls: type, prefix: str = "") -> list[str]:

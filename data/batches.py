@@ -106,12 +106,16 @@ class Ragged:
 
     def take(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(values of the rows end to end, which of `rows` each belongs to)."""
+        place, owner = self.places(rows)
+        return np.asarray(self.values[place], np.int64), owner
+
+    def places(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """take, but where the values stand among all."""
         starts = np.asarray(self.offsets[rows], np.int64)
         counts = np.asarray(self.offsets[rows + 1], np.int64) - starts
         owner = np.repeat(np.arange(len(rows)), counts)
         before = np.cumsum(counts) - counts
-        values = self.values[np.arange(len(owner)) + (starts - before)[owner]]
-        return np.asarray(values, np.int64), owner
+        return np.arange(len(owner)) + (starts - before)[owner], owner
 
 
 @dataclass
@@ -125,6 +129,9 @@ class TrainSet:
     labels                    id and place of each example, for messages
     weight                    relative share among several sets
     *_skip                    leading tokens of every text that pooling leaves out
+    positive_grades           for rerankers, beside positives.values: how relevant, float32
+    *_scores                  for rerankers, beside the values: a teacher's, float32, NaN where it
+                              has none
     query_texts, passage_texts    the texts themselves by number, without prompts
     query_digest, passage_digest  of all of them in order
     """
@@ -147,6 +154,9 @@ class TrainSet:
     passage_texts: Sequence[str] = ()
     query_digest: str = ""
     passage_digest: str = ""
+    positive_grades: np.ndarray | None = None
+    positive_scores: np.ndarray | None = None
+    negative_scores: np.ndarray | None = None
 
 
 @dataclass
@@ -256,6 +266,7 @@ class TrainStore:
         row, relative = keys // num_contents, keys % num_contents
         offsets = np.zeros(num_contents + 1, np.int64)
         np.cumsum(np.bincount(row, minlength=num_contents), out=offsets[1:])
+        self._num_contents = num_contents
         self._relatives = Ragged(offsets, relative)  # by content number
 
     def relatives(self, query_B: np.ndarray, column_N: np.ndarray) -> np.ndarray:
@@ -375,8 +386,8 @@ class Batches:
         query_A, row_E = _first_use(query_E)
         column_N, index = _first_use(np.concatenate([positive_P, negative_M]))
         column_P = index[: len(positive_P)]
-        low_b, high_b = self._stretch(store._query_length[query_A])
-        low_n, high_n = self._stretch(store._passage_length[column_N])
+        low_b, high_b = self.stretch(store._query_length[query_A])
+        low_n, high_n = self.stretch(store._passage_length[column_N])
         row_P = row_E[owner_P]
         mine_P = (row_P >= low_b) & (row_P < high_b)
         mine_E = (row_E >= low_b) & (row_E < high_b)
@@ -396,7 +407,7 @@ class Batches:
             num_passages_global=len(column_N),
             query_prompt_tokens_B=query_skip_B,
             passage_prompt_tokens_N=passage_skip_N,
-            example_ids=_Labels(store, example_E[mine_E]),
+            example_ids=ExampleIds(store, example_E[mine_E]),
             query_offset=low_b,
             num_queries_global=len(query_A),
             query_relatives_BK=(
@@ -412,17 +423,23 @@ class Batches:
         store = self.store
         query_E = store._query_twin[store._query_E[example_E]]
         positive_P, owner_P = store._positives.take(example_E)
-        negative_M, owner_M = store._negatives.take(example_E)
-        if self.max_negatives is not None and len(negative_M):
-            # rank of a random number among those of the same example: a draw without replacement
-            draw_M = _rng(self.seed, _NEGATIVES, step).random(len(negative_M))
-            order_M = np.lexsort((draw_M, owner_M))
-            count_E = np.bincount(owner_M, minlength=len(example_E))
-            place_M = np.arange(len(order_M)) - np.repeat(np.cumsum(count_E) - count_E, count_E)
-            negative_M = negative_M[np.sort(order_M[place_M < self.max_negatives])]
+        negative_M = store._negatives.values[self.negatives(step, example_E)[0]]
         return query_E, store._passage_twin[positive_P], owner_P, store._passage_twin[negative_M]
 
-    def _stretch(self, lengths: np.ndarray) -> tuple[int, int]:
+    def negatives(self, step: int, example_E: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(place among the store's negatives, which of example_E it belongs to) of those drawn."""
+        place_M, owner_M = self.store._negatives.places(example_E)
+        if self.max_negatives is None or not len(place_M):
+            return place_M, owner_M
+        # rank of a random number among those of the same example: a draw without replacement
+        draw_M = seeded(self.seed, _NEGATIVES, step).random(len(place_M))
+        order_M = np.lexsort((draw_M, owner_M))
+        count_E = np.bincount(owner_M, minlength=len(example_E))
+        rank_M = np.arange(len(order_M)) - np.repeat(np.cumsum(count_E) - count_E, count_E)
+        kept = np.sort(order_M[rank_M < self.max_negatives])
+        return place_M[kept], owner_M[kept]
+
+    def stretch(self, lengths: np.ndarray) -> tuple[int, int]:
         """This rank's part [low, high) of the texts.
 
         Ranks get about the same number of tokens, and at least one text where there are enough.
@@ -529,11 +546,11 @@ class _Plan:
         return int(self.store._example_base[d]) + (out if kept is None else kept[out])
 
     def _permutation(self, lap: int, d: int) -> np.ndarray:
-        return _rng(self.seed, _ORDER, lap, d).permutation(self.store.sizes[d])
+        return seeded(self.seed, _ORDER, lap, d).permutation(self.store.sizes[d])
 
     def _schedule(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Set of each place in the epoch, and how many places before it are of the same set."""
-        return _shuffled_labels(self.quota, _rng(self.seed, _SCHEDULE, epoch))
+        return _shuffled_labels(self.quota, seeded(self.seed, _SCHEDULE, epoch))
 
 
 class _PlanBySet(_Plan):
@@ -568,10 +585,10 @@ class _PlanBySet(_Plan):
         return d, lap, number * self.batch_size
 
     def _schedule(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        return _shuffled_labels(self.batch_quota, _rng(self.seed, _SCHEDULE, epoch))
+        return _shuffled_labels(self.batch_quota, seeded(self.seed, _SCHEDULE, epoch))
 
 
-class _Labels(Sequence[str]):
+class ExampleIds(Sequence[str]):
     """Ids of a batch's examples, looked up when asked for: most batches never are."""
 
     def __init__(self, store: TrainStore, examples: np.ndarray) -> None:
@@ -586,7 +603,8 @@ class _Labels(Sequence[str]):
         return self._store.label(int(self._examples[i]))
 
 
-def _rng(*key: int) -> np.random.Generator:
+def seeded(*key: int) -> np.random.Generator:
+    """Random numbers that depend on `key` alone: seed, stream, step."""
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence([int(k) for k in key])))
 
 

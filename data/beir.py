@@ -156,6 +156,49 @@ class _Items:
         return next(number for number, at, _ in read_lines(self.path) if at == offset)
 
 
+class BeirTexts:
+    """The texts of a BEIR folder by id, for rows that name them by id; read from disk when asked
+    for.
+
+    folder  has corpus.jsonl and, where rows name queries by id, queries.jsonl
+    Raises ValueError for a folder that is not there or has no corpus.jsonl.
+    """
+
+    def __init__(self, folder: str | Path, bad: BadRows) -> None:
+        self.folder, self._bad = Path(folder).expanduser(), bad
+        if part(self.folder, "corpus.jsonl") is None:
+            is_there = self.folder.is_dir()
+            found = sorted(p.name for p in self.folder.iterdir())[:12] if is_there else []
+            raise ValueError(
+                f"data.texts={folder}: expected a folder with corpus.jsonl (and queries.jsonl),"
+                f" found {', '.join(found) or 'none'}"
+            )
+        self._open: dict[str, _Items] = {}
+        self._last: tuple[str, str, str] | None = None
+
+    def text(self, name: str, item_id: str) -> str | None:
+        """Of an id of corpus.jsonl or queries.jsonl (`name`); None for an unknown id."""
+        if self._last is not None and self._last[:2] == (name, item_id):
+            return self._last[2]
+        items = self._open.get(name)
+        if items is None:
+            path = part(self.folder, name)
+            if path is None:
+                raise ValueError(f"data.texts={self.folder}: expected {name}, found none")
+            items = self._open[name] = _Items(path, self._bad, has_title=name == "corpus.jsonl")
+        at = items.find(item_id)
+        if at is None:
+            return None
+        text = items.read(at)[1]
+        if name == "queries.jsonl":
+            self._last = (name, item_id, text)  # rows of a query follow each other
+        return text
+
+    def close(self) -> None:
+        for items in self._open.values():
+            items.close()
+
+
 def _id_key(item_id: str) -> int:
     return hash_bytes(item_id.encode("utf-8"))
 
@@ -200,6 +243,16 @@ def _read_qrels(path: Path, bad: BadRows) -> Iterator[tuple[int, str, str, int]]
         raise ValueError(
             f"{path}: expected rows of query-id, corpus-id, score, found an empty file"
         )
+
+
+def read_corpus(path: str | Path, bad: BadRows | None = None) -> Iterator[tuple[str, str]]:
+    """(id, text) of the documents of a BEIR folder, or of a file with rows as its corpus.jsonl."""
+    path = Path(path).expanduser()
+    corpus = part(path, "corpus.jsonl") if path.is_dir() else path
+    if corpus is None or not corpus.is_file():
+        raise ValueError(f"{path}: expected a folder with corpus.jsonl, or such a file")
+    for _, _, doc_id, text in _read_items(corpus, bad or BadRows(), has_title=True):
+        yield doc_id, text
 
 
 def read_beir(
@@ -266,10 +319,12 @@ def read_beir(
 
 
 def read_beir_examples(
-    root: str | Path, split: str, bad: BadRows | None = None
+    root: str | Path, split: str, bad: BadRows | None = None, *, groups: bool = False
 ) -> Iterator[Example]:
     """One Example a query with a relevant document, in the order of qrels/<split>.tsv.
 
+    groups  for rerankers: every judged query, documents judged 0 or less as its negatives, grades
+            as positive_grades
     Memory: about 30 bytes a document, query and qrels row; texts are read from disk an example at a
     time. Documents judged 0 or less are never positives. positive_scores holds the grades where
     they are not all 1.
@@ -297,7 +352,7 @@ def read_beir_examples(
                     column.append(value)
         columns = [np.array(c, dtype=np.int64) for c in (query_E, doc_E, score_E, line_E)]
         columns = _without_repeats(*columns, qrels_path, bad)
-        yield from _grouped(*columns, docs, asked, qrels_path)
+        yield from _grouped(*columns, docs, asked, qrels_path, groups)
     finally:
         docs.close()
         asked.close()
@@ -331,6 +386,7 @@ def _grouped(
     docs: _Items,
     asked: _Items,
     path: Path,
+    groups: bool,
 ) -> Iterator[Example]:
     _, first_Q, group_E = np.unique(query_E, return_index=True, return_inverse=True)
     order_E = np.argsort(
@@ -340,20 +396,26 @@ def _grouped(
     num_unanswered = 0
     for rows in np.split(order_E, ends) if len(order_E) else ():
         relevant = rows[score_E[rows] > 0]
-        if not len(relevant):
+        if not len(relevant) and not groups:
             num_unanswered += 1
             continue
         query_id, query = asked.read(int(query_E[rows[0]]))
         read = [docs.read(int(doc_E[r])) for r in relevant]
+        others = [docs.read(int(doc_E[r])) for r in rows[score_E[rows] <= 0]] if groups else []
         grades = [float(score_E[r]) for r in relevant]
-        yield Example(
+        example = Example(
             query=query,
             positives=[text for _, text in read],
-            negatives=[],
+            negatives=[text for _, text in others],
             where=f"{path}:{line_E[rows[0]]}",
             id=query_id,
             positive_ids=[doc_id for doc_id, _ in read],
-            positive_scores=grades if any(g != 1 for g in grades) else None,
         )
+        if groups:
+            example.positive_grades = grades
+            example.negative_ids = [doc_id for doc_id, _ in others]
+        elif any(g != 1 for g in grades):
+            example.positive_scores = grades
+        yield example
     if num_unanswered:
         log.info("%s: left out %d queries without a relevant document", path, num_unanswered)

@@ -61,6 +61,20 @@ def file_digest(path: Path, *, full: bool = False) -> str:
     return digest.hexdigest()
 
 
+def path_digest(name: str | Path) -> str | None:
+    """Digest of a file's bytes, or of a folder's files and those one level down; None for a name
+    that is no path. Of a run directory of ours its export counts.
+    """
+    path = Path(name).expanduser()
+    path = path / "export" if (path / "export").is_dir() else path
+    if path.is_file():
+        return file_digest(path, full=True)
+    if not path.is_dir():
+        return None
+    found = [p for depth in ("*", "*/*") for p in sorted(path.glob(depth)) if p.is_file()]
+    return digest_of([(str(p.relative_to(path)), file_digest(p, full=True)) for p in found])
+
+
 def built_once(
     folder: Path, build: Callable[[Path], dict[str, Any]], *, what: str
 ) -> dict[str, Any]:

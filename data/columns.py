@@ -3,13 +3,16 @@
 Understood without a mapping: the names in QUERY, POSITIVE and NEGATIVE, which cover plain (query,
 positive, negative) files, sentence-transformers, FlagEmbedding and Tevatron. Any other name is
 given in data.columns={ours: theirs}; an empty name there means "not used".
+
+For rerankers also labelled rows (query, passage, label), one judgement or a list of them a row, as
+texts or as ids that data.texts explains.
 """
 
 import difflib
 import logging
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from conf.schema import SourceConfig
@@ -33,6 +36,17 @@ EXTRA = {
 }
 ROLES = ("query", "positive", "negative", "score", *EXTRA)
 
+# of labelled rows
+LABEL = ("label", "labels", "relevance", "grade")
+LABELLED_QUERY = (*QUERY, "sentence1", "text1")
+PASSAGE = (
+    *POSITIVE, *POSITIVE_WEAK, "passages", "documents", "doc", "docs", "text", "sentence2", "text2",
+)  # fmt: skip
+TEACHER = ("score", "scores", "teacher_score", "teacher_scores")
+QUERY_ID = ("query_id", "query-id", "qid")
+DOC_ID = ("doc_id", "doc-id", "docid", "corpus_id", "corpus-id", "passage_id", "pid", "positive_id")
+GROUP_ROLES = (*ROLES, "passage", "label", "doc_id", "positive_grades")
+
 
 class ColumnError(ValueError):
     """Columns that cannot be read; becomes a bad row (JSONL) or an error of the file."""
@@ -45,7 +59,11 @@ class ColumnError(ValueError):
 
 @dataclass
 class Layout:
-    """Which columns play which role."""
+    """Which columns play which role.
+
+    label       of labelled rows, whose passages are `positives` whatever their label
+    looked_up   columns that no row has: texts, by the column that holds their ids
+    """
 
     query: str
     positives: list[str]
@@ -53,27 +71,29 @@ class Layout:
     score: str | None = None
     extra: dict[str, str] = field(default_factory=dict)
     filtered: list[str] = field(default_factory=list)
+    label: str | None = None
+    looked_up: dict[str, str] = field(default_factory=dict)
 
     def needed(self) -> list[str]:
-        score = [self.score] if self.score else []
         names = [
             self.query,
             *self.positives,
             *self.negatives,
-            *score,
+            *([self.score] if self.score else []),
+            *([self.label] if self.label else []),
             *self.extra.values(),
             *self.filtered,
         ]
-        return list(dict.fromkeys(names))
+        return list(dict.fromkeys(self.looked_up.get(n, n) for n in names))
 
 
-def check_mapping(source: SourceConfig) -> None:
+def check_mapping(source: SourceConfig, roles: Sequence[str] = ROLES) -> None:
     for role in source.columns:
-        if role not in ROLES and not re.fullmatch(r"(positive|negative)_\d+", role):
-            near = difflib.get_close_matches(role, ROLES, n=1)
+        if role not in roles and not re.fullmatch(r"(positive|negative)_\d+", role):
+            near = difflib.get_close_matches(role, roles, n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
             raise ValueError(
-                f"data.columns has {role!r}; known: {', '.join(ROLES)}, positive_<n>,"
+                f"data.columns has {role!r}; known: {', '.join(roles)}, positive_<n>,"
                 f" negative_<n>{hint} (write ours: theirs, e.g. {{query: premise, positive: text}})"
             )
 
@@ -92,16 +112,7 @@ def _numbered(names: Sequence[str], bases: Sequence[str]) -> list[str]:
 
 def layout_of(columns: Sequence[str], source: SourceConfig) -> Layout:
     """Roles of `columns` after data.columns and data.filter. Raises ColumnError."""
-    listed = f"columns {', '.join(columns)}" if columns else "no columns"
-    for role, name in source.columns.items():
-        if name and name not in columns:
-            raise ColumnError(f"a column {name!r} (data.columns.{role})", listed)
-    for name in source.filter:
-        if name not in columns:
-            raise ColumnError(f"a column {name!r} (data.filter)", listed)
-    taken = set(source.columns.values()) | set(source.filter)
-    free = [c for c in columns if c not in taken]
-
+    free, listed = _free(columns, source)
     query = source.columns.get("query") or _only(
         "query", [c for c in free if c.lower() in QUERY], listed
     )
@@ -138,10 +149,108 @@ def layout_of(columns: Sequence[str], source: SourceConfig) -> Layout:
             raise ColumnError(
                 "to be told what column 'label' is: data.filter={label: <value>} keeps those rows,"
                 " data.columns={score: label} reads it as relevance,"
-                " data.columns={score: ''} leaves it unused",
+                " data.columns={score: ''} leaves it unused, task=rerank trains a reranker on it",
                 listed,
             )
     return Layout(query, positives, negatives, score or None, extra, list(source.filter))
+
+
+def group_layout(columns: Sequence[str], source: SourceConfig) -> Layout:
+    """layout_of for rerankers: labelled rows where there is a label column, else as for retrieval.
+
+    source.texts  whether ids may stand for texts
+    Raises ColumnError.
+    """
+    free, listed = _free(columns, source)
+    label = _role("label", LABEL, free, source, listed)
+    if not label:
+        return _unlabelled(columns, source, listed)
+    if _mapped(source, "negative") or _numbered(free, NEGATIVE):
+        raise ColumnError(
+            f"one passage column beside the label {label!r}, or negatives without labels"
+            f" (data.columns={{label: ''}} leaves {label!r} unused, {{label: '', score: {label}}}"
+            " reads it as a teacher's scores)",
+            listed,
+        )
+    query = _role("query", LABELLED_QUERY, free, source, listed)
+    query_id = _role("id", QUERY_ID, free, source, listed)
+    passage_role = "positive" if "positive" in source.columns else "passage"
+    passage = _role(passage_role, PASSAGE, free, source, listed)
+    doc_id = _role("doc_id", DOC_ID, free, source, listed)
+    looked_up = {}
+    for text, number, side in ((query, query_id, "query"), (passage, doc_id, "passage")):
+        if not text and not number:
+            names = LABELLED_QUERY if side == "query" else PASSAGE
+            raise ColumnError(
+                f"a {side} column ({', '.join(names)}, or data.columns={{{side}: <name>}})", listed
+            )
+        if not text:
+            looked_up[f"text of {number}"] = number
+    if looked_up and not source.texts:
+        raise ColumnError(
+            f"texts; {' and '.join(map(repr, looked_up.values()))} hold ids: give the BEIR folder"
+            " that has their texts, data.texts=<folder with corpus.jsonl and queries.jsonl>",
+            listed,
+        )
+    if source.texts and not looked_up:
+        raise ColumnError(
+            "ids to be looked up in data.texts", f"texts in {query!r} and {passage!r}; leave it out"
+        )
+    extra = {"id": query_id, "positive_id": doc_id}
+    return Layout(
+        query or f"text of {query_id}",
+        [passage or f"text of {doc_id}"],
+        [],
+        _role("score", TEACHER, free, source, listed) or None,
+        {role: name for role, name in extra.items() if name},
+        list(source.filter),
+        label,
+        looked_up,
+    )
+
+
+def _unlabelled(columns: Sequence[str], source: SourceConfig, listed: str) -> Layout:
+    """Rows of positives and negatives, with a teacher's scores where they have scores."""
+    if source.texts:
+        raise ColumnError("a label column beside the ids (data.texts is set)", listed)
+    unused = {"label"} - set(source.columns.values()) - set(source.filter)
+    layout = layout_of([c for c in columns if c not in unused], source)
+    weak = [p for p in layout.positives if p.lower() in POSITIVE_WEAK]
+    if layout.score and not layout.negatives and weak and "score" not in source.columns:
+        raise ColumnError(
+            f"to be told what column {layout.score!r} is: data.columns={{label: {layout.score}}}"
+            f" reads it as relevance, data.columns={{score: {layout.score}}} as a teacher's score,"
+            " data.columns={score: ''} leaves it unused",
+            listed,
+        )
+    if layout.score is None:
+        free, _ = _free(columns, source)
+        layout.score = _role("score", TEACHER, free, source, listed) or None
+    grades = source.columns.get("positive_grades", "positive_grades")
+    if grades in columns:
+        layout.extra["positive_grades"] = grades
+    return layout
+
+
+def _free(columns: Sequence[str], source: SourceConfig) -> tuple[list[str], str]:
+    """(columns that data.columns and data.filter leave to be told by name, all for messages)."""
+    listed = f"columns {', '.join(columns)}" if columns else "no columns"
+    for role, name in source.columns.items():
+        if name and name not in columns:
+            raise ColumnError(f"a column {name!r} (data.columns.{role})", listed)
+    for name in source.filter:
+        if name not in columns:
+            raise ColumnError(f"a column {name!r} (data.filter)", listed)
+    taken = set(source.columns.values()) | set(source.filter)
+    return [c for c in columns if c not in taken], listed
+
+
+def _role(
+    role: str, known: Sequence[str], free: list[str], source: SourceConfig, listed: str
+) -> str:
+    """The column that plays `role`: the one data.columns names, else the one of a known name."""
+    given = source.columns.get(role)
+    return _only(role, [c for c in free if c.lower() in known], listed) if given is None else given
 
 
 def _mapped(source: SourceConfig, role: str) -> list[str] | None:
@@ -167,9 +276,12 @@ def _one_family(role: str, names: list[str], listed: str) -> list[str]:
     return names
 
 
-def header_rule(source: SourceConfig, path: str, fields: list[str]) -> list[str] | None:
+def header_rule(
+    source: SourceConfig, path: str, fields: list[str], *, groups: bool = False
+) -> list[str] | None:
     """Column names of a TSV or CSV whose first row is `fields`; None: no header, names by position.
 
+    groups  rows may be labelled ones, which only a header tells
     A mapping to numbers ({query: "0", positive: "3"}) says that there is no header.
     """
     by_number = [name for name in source.columns.values() if name.isdigit()]
@@ -177,7 +289,8 @@ def header_rule(source: SourceConfig, path: str, fields: list[str]) -> list[str]
         return [str(i) for i in range(len(fields))]
     known = [c for c in fields if c.lower() in QUERY]
     answer = _numbered(fields, POSITIVE) or [c for c in fields if c.lower() in POSITIVE_WEAK]
-    if any(source.columns.values()) or source.filter or (known and answer):
+    is_labelled = groups and any(c.lower() in LABEL for c in fields)
+    if any(source.columns.values()) or source.filter or (known and answer) or is_labelled:
         repeated = sorted({f for f in fields if fields.count(f) > 1})
         if repeated:
             raise ValueError(
@@ -222,19 +335,23 @@ def matches(value: Any, wanted: Any) -> bool:
     return False
 
 
-def read_row(row: dict[str, Any], layout: Layout, where: str, *, is_text: bool) -> Example:
+def read_row(
+    row: dict[str, Any], layout: Layout, where: str, *, is_text: bool, needs_positive: bool = True
+) -> Example:
     """The Example of one row. Raises ColumnError.
 
-    is_text  the row comes from TSV or CSV: an empty cell stands for a missing value
+    is_text         the row comes from TSV or CSV: an empty cell stands for a missing value
+    needs_positive  False: negatives alone will do
     """
     query = row[layout.query]
     problem = text_problem(query)
     if problem is not None:
         raise ColumnError(f"{layout.query!r} to be text that is not empty", problem)
     positives, positive_ids = _passages(row, layout.positives, is_text=is_text)
-    if not positives:
-        raise ColumnError(f"a passage in {' or '.join(layout.positives)}", "none")
     negatives, negative_ids = _passages(row, layout.negatives, is_text=is_text)
+    if not positives and (needs_positive or not negatives):
+        columns = [layout.looked_up.get(p, p) for p in layout.positives]
+        raise ColumnError(f"a passage in {' or '.join(columns)}", "none")
     extra = layout.extra
     query_id = where
     if "id" in extra and row[extra["id"]] is not None:
@@ -258,7 +375,10 @@ def read_row(row: dict[str, Any], layout: Layout, where: str, *, is_text: bool) 
             positive_scores, negative_scores = scores[: len(positives)], scores[len(positives) :]
         elif value is not None and value != "":
             positive_scores = _scores(row, layout.score, len(positives))
-    return Example(
+    grades = _scores(row, extra.get("positive_grades"), len(positives))
+    if grades and min(grades) <= 0:
+        raise ColumnError(f"grades above 0 in {extra['positive_grades']!r}", f"{min(grades)}")
+    example = Example(
         query=query,
         positives=positives,
         negatives=negatives,
@@ -268,6 +388,31 @@ def read_row(row: dict[str, Any], layout: Layout, where: str, *, is_text: bool) 
         negative_ids=negative_ids,
         positive_scores=positive_scores,
         negative_scores=negative_scores,
+        positive_grades=grades,
+    )
+    return example if layout.label is None else _by_label(example, row, layout.label)
+
+
+def _by_label(passages: Example, row: dict[str, Any], column: str) -> Example:
+    """The Example whose positives are those of its passages that have a label above 0."""
+    labels = _scores(row, column, len(passages.positives))
+    if labels is None:
+        raise ColumnError(f"a number as label in {column!r}", kind_of(row[column]))
+
+    def chosen(values: list[Any] | None, is_relevant: bool) -> list[Any] | None:
+        if values is None:
+            return None
+        return [v for v, x in zip(values, labels, strict=True) if (x > 0) == is_relevant]
+
+    return replace(
+        passages,
+        positives=chosen(passages.positives, True),
+        negatives=chosen(passages.positives, False),
+        positive_ids=chosen(passages.positive_ids, True),
+        negative_ids=chosen(passages.positive_ids, False),
+        positive_scores=chosen(passages.positive_scores, True),
+        negative_scores=chosen(passages.positive_scores, False),
+        positive_grades=chosen(labels, True),
     )
 
 

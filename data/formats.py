@@ -9,26 +9,36 @@ Files are read as streams. What stays in memory is 16 to 32 bytes for each id th
 
 import difflib
 import logging
+import math
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
+from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 from conf.schema import SourceConfig
-from data.beir import beir_splits, is_beir, part, read_beir, read_beir_examples
+from data.beir import BeirTexts, beir_splits, is_beir, part, read_beir, read_beir_examples
 from data.columns import (
+    GROUP_ROLES,
+    ROLES,
     ColumnError,
     Layout,
     check_mapping,
+    group_layout,
     header_rule,
     layout_of,
     matches,
     read_row,
 )
+from data.judged_sets import rerank_set, retrieval_set
+from data.labelled import Labels, with_texts
 from data.records import (
     BadRows,
     Example,
     HashIndex,
+    RerankSet,
     RetrievalSet,
     content_hash,
     hash_bytes,
@@ -49,6 +59,7 @@ from data.tables import (
 __all__ = [
     "BadRows",
     "Example",
+    "RerankSet",
     "RetrievalSet",
     "available_splits",
     "content_hash",
@@ -56,7 +67,11 @@ __all__ = [
     "normalise",
     "read_beir",
     "read_examples",
+    "read_groups",
+    "read_rerank_set",
     "read_retrieval_set",
+    "rerank_set",
+    "retrieval_set",
 ]
 
 log = logging.getLogger(__name__)
@@ -257,28 +272,41 @@ def _same_split(split: str) -> tuple[str, ...]:
 
 
 def _tables(
-    source: SourceConfig, split: str | None, bad: BadRows
+    source: SourceConfig, split: str | None, bad: BadRows, *, groups: bool
 ) -> tuple[list[Table], SourceConfig]:
     kind = _kind(source)
     if kind == "hub":
         table, wanted = hub_table(str(source.root), split, source.filter)
-        changed = SourceConfig(
-            root=source.root, format="hub", columns=source.columns, filter=wanted
-        )
-        return [table], changed
+        return [table], replace(source, filter=wanted)
     files = _split_files(source, _root(source))[split]
     fixed = None if source.format == "auto" else source.format
-    rule = partial(header_rule, source)
+    rule = partial(header_rule, source, groups=groups)
     return [open_table(p, fixed or sniff(p), bad, rule) for p in files], source
 
 
-def _rows(source: SourceConfig, split: str | None, bad: BadRows) -> Iterator[Example]:
+def _rows(
+    source: SourceConfig,
+    split: str | None,
+    bad: BadRows,
+    *,
+    groups: bool = False,
+    texts: BeirTexts | None = None,
+) -> Iterator[Example]:
     """Every readable row, rows judged not relevant included.
 
+    groups  for rerankers: labelled rows and rows without a positive too
+    texts   of rows of ids
     Raises ValueError where not one row can be used.
     """
-    check_mapping(source)
-    tables, source = _tables(source, split, bad)
+    if source.texts and not groups:
+        raise ValueError(
+            f"data.texts={source.texts} is for task=rerank; a retriever trains on the BEIR folder"
+            f" itself, data.root={source.texts}"
+        )
+    check_mapping(source, GROUP_ROLES if groups else ROLES)
+    layout_for = group_layout if groups else layout_of
+    tables, source = _tables(source, split, bad, groups=groups)
+    labels = Labels()
     num_rows = num_kept = num_read = 0
     ids = HashIndex()
     other_values: dict[str, None] = {}
@@ -288,7 +316,7 @@ def _rows(source: SourceConfig, split: str | None, bad: BadRows) -> Iterator[Exa
         needed = None
         if table.columns is not None:
             try:
-                needed = layout_of(table.columns, source).needed()
+                needed = layout_for(table.columns, source).needed()
             except ColumnError as e:
                 raise ValueError(f"{table.where}: {e}") from None
         for where, row in table.rows(needed):
@@ -297,7 +325,7 @@ def _rows(source: SourceConfig, split: str | None, bad: BadRows) -> Iterator[Exa
             layout = layouts.get(keys)
             if layout is None:
                 try:
-                    layout = layouts[keys] = layout_of(keys, source)
+                    layout = layouts[keys] = layout_for(keys, source)
                 except ColumnError as e:
                     bad.report(where, e.expected, e.found)
                     continue
@@ -309,9 +337,16 @@ def _rows(source: SourceConfig, split: str | None, bad: BadRows) -> Iterator[Exa
                 continue
             num_kept += 1
             try:
-                example = read_row(row, layout, where, is_text=table.is_text)
+                if layout.looked_up:
+                    assert texts is not None  # group_layout saw to it
+                    row = with_texts(row, layout, texts)
+                example = read_row(
+                    row, layout, where, is_text=table.is_text, needs_positive=not groups
+                )
                 if example.id != where:
                     _check_id(example, layout.extra["id"], ids)
+                if layout.label is not None:
+                    labels.check(example)
             except ColumnError as e:
                 bad.report(where, e.expected, e.found)
                 continue
@@ -421,81 +456,64 @@ def read_retrieval_set(
     return retrieval_set(_rows(source, resolved, bad), name or Path(str(source.root)).name, bad)
 
 
-def retrieval_set(
-    examples: Iterator[Example], name: str, bad: BadRows | None = None
-) -> RetrievalSet:
-    """Examples as a RetrievalSet, see read_retrieval_set; also for held-out rows of a split."""
+def read_groups(
+    source: SourceConfig, split: str | None, bad: BadRows | None = None
+) -> Iterator[Example]:
+    """Groups for rerankers, as a stream: a query, its positives with grades, its negatives.
+
+    source.texts   BEIR folder with the texts of rows of ids
+    split, bad, raises   as in read_examples; further a pair that has two labels
+    Rows of one query that follow each other are one Example, which may have no positive; where they
+    do not, the query comes again.
+    """
     bad = bad if bad is not None else BadRows()
-    docs, queries = _Texts("d"), _Texts("q")
-    grades: dict[int, dict[int, int]] = {}
-    for e in examples:
-        given = None if e.id == e.where else e.id
-        query = queries.add(e.query, given, e.where, bad)
-        positive_ids = e.positive_ids or [None] * len(e.positives)
-        scores = e.positive_scores or [1.0] * len(e.positives)
-        positives = [
-            docs.add(t, i, e.where, bad) for t, i in zip(e.positives, positive_ids, strict=True)
-        ]
-        for text, i in zip(e.negatives, e.negative_ids or [None] * len(e.negatives), strict=True):
-            docs.add(text, i, e.where, bad)
-        if query is None:
-            continue
-        judged = grades.setdefault(query, {})
-        for doc, score in zip(positives, scores, strict=True):
-            if doc is not None:
-                is_grade = score == int(score) and (score > 0 or _is_pair(e))
-                grade = int(score) if is_grade else 1
-                judged[doc] = max(grade, judged.get(doc, grade))
-    doc_ids, query_ids = docs.ids(), queries.ids()
-    return RetrievalSet(
-        name=name,
-        doc_ids=doc_ids,
-        doc_texts=docs.texts,
-        query_ids=query_ids,
-        query_texts=queries.texts,
-        qrels={
-            query_ids[q]: {doc_ids[d]: g for d, g in judged.items()} for q, judged in grades.items()
-        },
-    )
+    name = resolve_split(source, split)
+    if _kind(source) == "beir":
+        _no_columns(source)
+        yield from read_beir_examples(_root(source), str(name), bad, groups=True)
+        return
+    texts = BeirTexts(source.texts, bad) if source.texts else None
+    rows = _rows(source, name, bad, groups=True, texts=texts)
+    try:
+        for _, run in groupby(rows, key=lambda e: (e.query, e.id if e.id != e.where else "")):
+            yield _as_one(list(run))
+    finally:
+        if texts is not None:
+            texts.close()
 
 
-def _is_pair(example: Example) -> bool:
-    return len(example.positives) == 1 and not example.negatives
+def _as_one(rows: list[Example]) -> Example:
+    """The rows of one query as one Example."""
+    if len(rows) == 1:
+        return rows[0]
+    joined: dict[str, Any] = {}
+    for side in ("positive", "negative"):
+        texts = [t for e in rows for t in getattr(e, f"{side}s")]
+        joined[f"{side}s"] = texts
+        for what, missing in (("ids", None), ("scores", math.nan), ("grades", 1.0)):
+            name = f"{side}_{what}"
+            if name == "negative_grades" or all(getattr(e, name) is None for e in rows):
+                continue
+            values = [
+                v for e in rows for v in getattr(e, name) or [missing] * len(getattr(e, f"{side}s"))
+            ]
+            joined[name] = None if None in values else values
+    return replace(rows[0], **joined)
 
 
-class _Texts:
-    """Distinct texts in order of appearance, with given or made-up ids."""
+def read_rerank_set(
+    source: SourceConfig, split: str | None, bad: BadRows | None = None, name: str = ""
+) -> RerankSet:
+    """Queries with the documents to be put in order, for evaluation.
 
-    def __init__(self, letter: str) -> None:
-        self.texts: list[str] = []
-        self._letter = letter
-        self._by_hash: dict[int, int] = {}
-        self._given: list[str | None] = []
-        self._owner: dict[str, tuple[int, str]] = {}
-
-    def add(self, text: str, given: str | None, where: str, bad: BadRows) -> int | None:
-        """Index of the text; None after reporting an id that already stands for another text."""
-        key = content_hash(text)
-        if given is not None:
-            owner, first = self._owner.setdefault(given, (key, where))
-            if owner != key:
-                bad.report(where, "one text an id", f"{given!r}, the id of another text at {first}")
-                return None
-        index = self._by_hash.get(key)
-        if index is None:
-            index = self._by_hash[key] = len(self.texts)
-            self.texts.append(text)
-            self._given.append(given)
-        elif self._given[index] is None:
-            self._given[index] = given
-        return index
-
-    def ids(self) -> list[str]:
-        """One id a text; a made-up one gets trailing underscores where it is taken."""
-        ids = []
-        for i, given in enumerate(self._given):
-            made = f"{self._letter}{i}"
-            while given is None and made in self._owner:
-                made += "_"
-            ids.append(given if given is not None else made)
-        return ids
+    split, bad, raises   as in read_groups
+    name                 of the set; default the file's or folder's name
+    A BEIR folder has its whole corpus and no candidates. See rerank_set for rows.
+    """
+    bad = bad if bad is not None else BadRows()
+    resolved = resolve_split(source, split)
+    if _kind(source) == "beir":
+        _no_columns(source)
+        return RerankSet(**vars(read_beir(_root(source), str(resolved), bad, name=name)))
+    groups = read_groups(source, resolved, bad)
+    return rerank_set(groups, name or Path(str(source.root)).name, bad)

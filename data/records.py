@@ -27,6 +27,9 @@ class Example:
     where   "path:line" of the row, from 1; the line it starts on; for BEIR its first qrels row
     id      the data's own query id, else `where`
     *_ids, *_scores   as long as the texts they belong to, or None where the data gives none
+    positive_grades   how relevant each positive is, > 0; None: all 1. Read for rerankers, whose
+                      *_scores are a teacher's, NaN where it has none; a group of theirs may have
+                      no positive
     dataset name of the set, filled by whoever mixes several
     """
 
@@ -40,6 +43,7 @@ class Example:
     positive_scores: list[float] | None = None
     negative_scores: list[float] | None = None
     dataset: str = ""
+    positive_grades: list[float] | None = None
 
 
 @dataclass
@@ -52,6 +56,17 @@ class RetrievalSet:
     query_ids: list[str]
     query_texts: list[str]
     qrels: dict[str, dict[str, int]]
+
+
+@dataclass
+class RerankSet(RetrievalSet):
+    """A RetrievalSet whose queries bring the documents to be put in order.
+
+    candidates   query id -> document ids, in an order that says nothing about relevance; None: they
+                 come from a first stage. Those without a grade in qrels are not relevant.
+    """
+
+    candidates: dict[str, list[str]] | None = None
 
 
 class BadRows:

@@ -351,6 +351,17 @@ def _shingles(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
     return mixed.astype(np.uint32), count.cumsum() - count
 
 
+def shingle_set(text: str) -> np.ndarray:
+    """Sorted distinct shingles of a text, for similarity()."""
+    return np.unique(_shingles([text])[0])
+
+
+def similarity(one: np.ndarray, other: np.ndarray) -> float:
+    """Jaccard similarity of two shingle sets, in [0, 1]."""
+    both = len(np.intersect1d(one, other, assume_unique=True))
+    return both / (len(one) + len(other) - both)
+
+
 def _sketch(texts: dict[int, str]) -> dict[str, np.ndarray]:
     """Keys of the texts in rising order, and their minhashes, (texts, NUM_HASHES) uint32."""
     rng = np.random.default_rng(0x5EED)
@@ -401,15 +412,43 @@ def _near(
         agree = (sketch_a["minimum"][partners] == sketch_b["minimum"][j]).mean(axis=1)
         # four standard deviations of the estimate below the threshold is not worth an exact look
         partners = partners[agree >= threshold - 0.2]
-        shingles = np.unique(_shingles([b.text[g]])[0])
+        shingles = shingle_set(b.text[g])
         best, best_key = 0.0, 0
         for i in partners.tolist():
             h = int(sketch_a["keys"][i])
-            other = np.unique(_shingles([a.text[h]])[0])
-            both = len(np.intersect1d(shingles, other, assume_unique=True))
-            similarity = both / (len(shingles) + len(other) - both)
-            if similarity > best:
-                best, best_key = similarity, h
+            found = similarity(shingles, shingle_set(a.text[h]))
+            if found > best:
+                best, best_key = found, h
         if best >= threshold:
             near.append((best_key, g, best))
     return sorted(near, key=lambda n: (-n[2], n[1]))
+
+
+def near_pairs(texts: list[str], threshold: float) -> list[list[int]]:
+    """For each text the numbers of earlier ones that are near duplicates of it (or equal to it).
+
+    threshold  least Jaccard similarity, in (0, 1]
+    As in leakage_report: MinHash finds them, the shingles decide. Of many equal texts each is
+    compared with the first 20.
+    """
+    minimum = _sketch(dict(enumerate(texts)))["minimum"]
+    candidates: list[set[int]] = [set() for _ in texts]
+    for band in range(NUM_HASHES // ROWS_A_BAND):
+        first: dict[int, list[int]] = {}
+        for j, value in enumerate(_band(minimum, band).tolist()):
+            partners = first.setdefault(value, [])
+            candidates[j].update(partners)
+            if len(partners) < MAX_PARTNERS:
+                partners.append(j)
+    near: list[list[int]] = []
+    for j, partners in enumerate(candidates):
+        shingles = shingle_set(texts[j]) if partners else None
+        near.append(
+            [
+                i
+                for i in sorted(partners)
+                if (minimum[i] == minimum[j]).mean() >= threshold - 0.2
+                and similarity(shingles, shingle_set(texts[i])) >= threshold
+            ]
+        )
+    return near

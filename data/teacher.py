@@ -1,4 +1,5 @@
-"""Embeddings of all training texts by a guide or teacher model: computed once, then memory-mapped.
+"""Embeddings of texts by a model that is not trained: computed once, then memory-mapped. Of all
+training texts by a guide or teacher, and of a corpus that is searched (data/candidates.py).
 
 The model is used as its own folder says: its tokenizer, prompts, maximum lengths and pooling, not
 those of the model that is trained. What it made is found again by content, so that a checkpoint
@@ -83,7 +84,7 @@ def _open_guide(
     model: str, data: Data, cache_dir: Path, device: torch.device, precision: str
 ) -> GuideEmbeddings:
     folder = resolve_base(model)
-    guide = _Guide(folder, model_digest(folder), device, pick_precision(precision, device))
+    guide = Encoder(folder, device, precision)
     used = dict(zip(("query", "passage"), data.train.texts_used(), strict=True))
     sides = {}
     try:
@@ -100,7 +101,7 @@ def _open_guide(
                 row_n = number_n[low:high] - base
                 base += size
                 name = f"{what} of {s.name}" if s.name else what
-                parts.append(_open_part(guide, texts, digest, row_n, side, cache_dir, name))
+                parts.append(guide.embeddings(texts, digest, row_n, side, cache_dir, name))
             sides[side] = _Side(number_n, parts)
     finally:
         guide.close()
@@ -126,18 +127,31 @@ def model_digest(folder: Path) -> str:
     return hashlib.sha256(repr(names).encode()).hexdigest()
 
 
-@dataclass
-class _Guide:
+class Encoder:
     """A model that is loaded when the first text must be encoded.
 
-    digest  of `folder` before anything was read from it
+    folder     of the model, see models.pretrained.resolve_base
+    precision  auto | fp32 | bf16
+    name       of its part in the run, for messages and cache folders
+    is_unit    whether embeddings get unit length where the model does not give them that
+    digest     of `folder` before anything was read from it
     """
 
-    folder: Path
-    digest: str
-    device: torch.device
-    precision: str
-    _towers: Towers | None = None
+    def __init__(
+        self,
+        folder: Path,
+        device: torch.device,
+        precision: str,
+        *,
+        name: str = "guide",
+        is_unit: bool = True,
+        batch_tokens: int = 0,
+    ) -> None:
+        self.folder, self.device, self.name, self.is_unit = folder, device, name, is_unit
+        self.digest = model_digest(folder)
+        self.precision = pick_precision(precision, device)
+        self.batch_tokens = batch_tokens
+        self._towers: Towers | None = None
 
     def towers(self) -> Towers:
         if self._towers is None:
@@ -152,39 +166,39 @@ class _Guide:
         if was_loaded and self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-
-def _open_part(
-    guide: _Guide,
-    texts: Any,
-    texts_digest: str,
-    row_n: np.ndarray,
-    side: str,
-    cache_dir: Path,
-    what: str,
-) -> np.ndarray:
-    """Embeddings of texts[row_n], float32 or float16 (n, E), memory-mapped."""
-    if not len(row_n):
-        return np.zeros((0, 0), np.float32)
-    is_all = len(row_n) == len(texts)
-    key = digest_of(
-        GUIDE_VERSION,
-        guide.digest,
-        guide.precision,
-        side,
-        texts_digest,
-        None if is_all else hashlib.sha256(row_n.tobytes()).hexdigest(),
-    )
-    folder = cache_dir / f"guide-{key}"
-    built_once(
-        folder,
-        lambda temporary: _encode(temporary, guide, texts, row_n, side, what),
-        what=f"guide's embeddings of {len(row_n):,} {what}",
-    )
-    return np.load(folder / "embeddings.npy", mmap_mode="r").view(np.ndarray)
+    def embeddings(
+        self,
+        texts: Any,
+        texts_digest: str,
+        row_n: np.ndarray,
+        side: str,
+        cache_dir: Path,
+        what: str,
+    ) -> np.ndarray:
+        """Embeddings of texts[row_n], float32 or float16 (n, E), memory-mapped."""
+        if not len(row_n):
+            return np.zeros((0, 0), np.float32)
+        is_all = len(row_n) == len(texts)
+        key = digest_of(
+            GUIDE_VERSION,
+            self.digest,
+            self.precision,
+            side,
+            texts_digest,
+            None if is_all else hashlib.sha256(row_n.tobytes()).hexdigest(),
+            *(() if self.is_unit else ("as the model gives them",)),
+        )
+        folder = cache_dir / f"{self.name}-{key}"
+        built_once(
+            folder,
+            lambda temporary: _encode(temporary, self, texts, row_n, side, what),
+            what=f"{self.name}'s embeddings of {len(row_n):,} {what}",
+        )
+        return np.load(folder / "embeddings.npy", mmap_mode="r").view(np.ndarray)
 
 
 def _encode(
-    folder: Path, guide: _Guide, texts: Any, row_n: np.ndarray, side: str, what: str
+    folder: Path, guide: Encoder, texts: Any, row_n: np.ndarray, side: str, what: str
 ) -> dict[str, Any]:
     towers = guide.towers()
     shape = (len(row_n), towers.width)
@@ -197,21 +211,24 @@ def _encode(
             f" data.cache_dir, where {free / 1e9:.1f} GB are free; set data.cache_dir to a larger"
             " disk or lower data.max_examples"
         )
-    bar = tqdm(total=shape[0], desc=f"guide: {what}", unit="text", leave=False, delay=2)
+    bar = tqdm(total=shape[0], desc=f"{guide.name}: {what}", unit="text", leave=False, delay=2)
     # written, not mapped: a full disk is then an error, and not the end of the process
     with open(folder / "embeddings.npy", "wb") as f, bar:
         header = {"descr": dtype.str, "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(f, header)
         for start in range(0, shape[0], BLOCK_TEXTS):
             block = [texts[i] for i in row_n[start : start + BLOCK_TEXTS].tolist()]
-            x_nE = encode(towers, block, side, precision=guide.precision)
+            x_nE = encode(
+                towers, block, side, precision=guide.precision, batch_tokens=guide.batch_tokens
+            )
             is_bad_n = ~np.isfinite(x_nE).all(1)
             if is_bad_n.any():
                 text = block[int(np.argmax(is_bad_n))]
                 raise ValueError(
                     f"the embedding of {text[:60]!r} is not finite; use precision=fp32"
                 )
-            f.write(_unit(x_nE).astype(dtype).tobytes())
+            x_nE = _unit(x_nE) if guide.is_unit else x_nE
+            f.write(x_nE.astype(dtype).tobytes())
             bar.update(len(block))
     return {
         "model": str(guide.folder),

@@ -23,6 +23,8 @@ STORE_VERSION = 1  # raise it when the same inputs would give other tokens or fi
 BLOCK_TEXTS = 1024  # tokenised at once: bounds the memory of encodings
 _PROBES = ("a", "1", ".", "the", "\u0627", "\u4e00")
 
+Tokenise = Callable[[Tokenizer, Sequence[str], str, int], list[np.ndarray]]
+
 
 def special_ends(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
     """Token ids that the tokenizer puts before and after every text.
@@ -141,6 +143,7 @@ def open_token_store(
     cache_dir: str | Path,
     vocab_size: int | None = None,
     what: str = "texts",
+    tokenise_with: Tokenise | None = None,
 ) -> TokenStore:
     """The texts as tokens, from cache_dir or made now; `texts` is only called to make them.
 
@@ -149,6 +152,7 @@ def open_token_store(
     texts_digest  of all texts in order: names the store, with tokenizer, prompt and max_length
     vocab_size    rows of the model's embedding table; None: not checked
     what          for the log and the progress bar
+    tokenise_with takes the place of tokenise: data.pairs.tokenise_plain adds no special tokens
     Raises ValueError for a token id at or above vocab_size, and as tokenise does.
     """
     tokenizer_json = tokenizer.to_str().encode()
@@ -159,6 +163,7 @@ def open_token_store(
         blake2b(tokenizer_json, digest_size=16).hexdigest(),
         prompt,
         max_length,
+        *([tokenise_with.__name__] if tokenise_with is not None else []),
     )
     folder = Path(cache_dir) / f"tokens-{key}"
     dtype = "<u2" if tokenizer.get_vocab_size(with_added_tokens=True) <= 1 << 16 else "<i4"
@@ -173,6 +178,7 @@ def open_token_store(
             num_texts=num_texts,
             dtype=dtype,
             what=what,
+            tokenise_with=tokenise_with or tokenise,
         )
 
     info = built_once(folder, build, what=f"tokens of {num_texts:,} {what}")
@@ -195,6 +201,7 @@ def _build(
     num_texts: int,
     dtype: str,
     what: str,
+    tokenise_with: Tokenise,
 ) -> dict:
     offsets = array("q", [0])
     largest_id = -1
@@ -203,8 +210,8 @@ def _build(
         bar = tqdm(total=num_texts, desc=f"tokenise {what}", unit="text", leave=False, delay=2)
         with bar:
             for block in _blocks(texts, BLOCK_TEXTS):
-                for ids_T in tokenise(tokenizer, block, prompt, max_length):
-                    largest_id = max(largest_id, int(ids_T.max()))
+                for ids_T in tokenise_with(tokenizer, block, prompt, max_length):
+                    largest_id = max(largest_id, int(ids_T.max(initial=-1)))
                     num_cut += len(ids_T) == max_length
                     f.write(ids_T.astype(dtype).tobytes())
                     offsets.append(offsets[-1] + len(ids_T))

@@ -193,47 +193,77 @@ def _pairs(word: str, unspaced: re.Pattern) -> list[str]:
     return terms + ([word[end:]] if end < len(word) else [])
 
 
-def bm25_hits(
-    data: "RetrievalSet", k: int, *, language: str | None = None, query_block: int = 64
-) -> Hits:
-    """The k best documents of each query by BM25 (Lucene's form, k1 0.9, b 0.4) in the total order
-    of evals/search.py.
+class Bm25:
+    """An index of documents (Lucene's form, k1 0.9, b 0.4).
 
     language  of the analyser; None: guessed from the documents and queries, and logged
+    Raises ValueError for an unknown language and for ids that repeat.
+    """
+
+    def __init__(self, data: "RetrievalSet", language: str | None = None) -> None:
+        import bm25s
+        import scipy.sparse as sp
+
+        logging.getLogger("bm25s").setLevel(logging.WARNING)  # it sets itself to DEBUG on import
+        if language is None:
+            language = guess_language([*data.doc_texts[:2000], *data.query_texts[:200]])
+            log.info("BM25: analyser for %s (guessed from the letters)", language)
+        if language not in LANGUAGES:
+            raise ValueError(f"language ({language!r}) must be one of {', '.join(LANGUAGES)}")
+        self.language = language
+        self.order_N = descending_ids(data.doc_ids)
+        self.vocabulary: dict[str, int] = {}
+        terms_of_docs = [
+            [
+                self.vocabulary.setdefault(term, len(self.vocabulary))
+                for term in analyse(data.doc_texts[n], language)
+            ]
+            for n in self.order_N.tolist()
+        ]
+        shape = (len(self.order_N), len(self.vocabulary))
+        self.weights_NV = sp.csc_matrix(shape, dtype=np.float32)
+        if self.vocabulary:
+            index = bm25s.BM25(k1=K1, b=B, method="lucene")
+            index.index(
+                (terms_of_docs, self.vocabulary), create_empty_token=False, show_progress=False
+            )
+            self.weights_NV = sp.csc_matrix(
+                (index.scores["data"], index.scores["indices"], index.scores["indptr"]), shape
+            )
+
+    def pair_scores(self, queries: Sequence[str], docs: Sequence[int]) -> np.ndarray:
+        """float32 scores of (query, number of a document) pairs; 0 where no word is shared."""
+        place_N = np.argsort(self.order_N)
+        asked_PV = _query_counts(queries, self.vocabulary, self.language)
+        found_PV = self.weights_NV.tocsr()[place_N[np.asarray(docs, np.int64)]]
+        return np.asarray(asked_PV.multiply(found_PV).sum(axis=1), np.float32).ravel()
+
+
+def bm25_hits(
+    data: "RetrievalSet",
+    k: int,
+    *,
+    language: str | None = None,
+    query_block: int = 64,
+    index: Bm25 | None = None,
+) -> Hits:
+    """The k best documents of each query by BM25 in the total order of evals/search.py.
+
+    language  as in Bm25
+    index     of data's documents, when the caller has it already
     Documents without a word of the query are no hits. A query word counts as often as it stands in
     the query. Memory: the index, and query_block * N floats.
     """
-    import bm25s
-    import scipy.sparse as sp
     import torch
 
-    logging.getLogger("bm25s").setLevel(logging.WARNING)  # it sets itself to DEBUG when imported
-    if language is None:
-        language = guess_language([*data.doc_texts[:2000], *data.query_texts[:200]])
-        log.info("BM25: analyser for %s (guessed from the letters)", language)
-    if language not in LANGUAGES:
-        raise ValueError(f"language ({language!r}) must be one of {', '.join(LANGUAGES)}")
-    order_N = descending_ids(data.doc_ids)
-    num_docs, num_queries = len(order_N), len(data.query_ids)
-    vocabulary: dict[str, int] = {}
-    docs_terms = [
-        [
-            vocabulary.setdefault(term, len(vocabulary))
-            for term in analyse(data.doc_texts[n], language)
-        ]
-        for n in order_N.tolist()
-    ]
+    index = Bm25(data, language) if index is None else index
+    order_N = index.order_N
+    num_queries = len(data.query_ids)
     scores_QK = np.full((num_queries, k), -np.inf, dtype=np.float32)
     docs_QK = np.full((num_queries, k), -1, dtype=np.int64)
-    if vocabulary and num_queries:
-        index = bm25s.BM25(k1=K1, b=B, method="lucene")
-        index.index((docs_terms, vocabulary), create_empty_token=False, show_progress=False)
-        weights_NV = sp.csc_matrix(
-            (index.scores["data"], index.scores["indices"], index.scores["indptr"]),
-            shape=(num_docs, len(vocabulary)),
-        )
-        weights_VN = weights_NV.T.tocsr()
-        asked_QV = _query_counts(data.query_texts, vocabulary, language)
+    if index.vocabulary and num_queries:
+        weights_VN = index.weights_NV.T.tocsr()
+        asked_QV = _query_counts(data.query_texts, index.vocabulary, index.language)
         place = {data.doc_ids[n]: at for at, n in enumerate(order_N.tolist())}
         for low in range(0, num_queries, query_block):
             scores_BN = torch.from_numpy((asked_QV[low : low + query_block] @ weights_VN).toarray())

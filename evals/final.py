@@ -3,8 +3,6 @@ at the end."""
 
 import json
 import logging
-import resource
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -13,13 +11,14 @@ import numpy as np
 from conf.schema import TrainConfig
 from data.datasets import Data
 from data.records import RetrievalSet
-from evals import report
+from evals import figures, report
 from evals.bm25 import bm25_hits
 from evals.metrics import NAMES, evaluate_hits
+from evals.publish import card_of, costs, means_of, publish
 from evals.retrieval import Scored, encode_sets, score
 from models.export import export
 from models.towers import Towers
-from runtime.run_dir import write_json_atomic, write_text_atomic
+from runtime.run_dir import write_json_atomic
 from runtime.track import Tracker, read_rows
 
 log = logging.getLogger(__name__)
@@ -60,7 +59,7 @@ def _evaluate(
     for name, one in sets.items():
         scored = score(*embedded[name], one, dims)
         result[name] = {str(dim): _plain(s) for dim, s in scored.items()}
-        sample = report.sample_scores(*embedded[name], one)
+        sample = figures.sample_scores(*embedded[name], one)
         result[name][str(dims[0])]["scores"] = {
             kind: x.round(4).tolist() for kind, x in sample.items()
         }
@@ -142,49 +141,41 @@ def write_result(
     result: dict = {"name": c.name, "task": c.task, "seed": c.seed}
     result |= sets[first] if first else {"metrics": {}, "delta": {}}
     result |= {"test_set": first, "other_sets": {n: s for n, s in sets.items() if n != first}}
-    result |= totals | {
-        "padding_share": 0.0,
-        "replayed_share": _mean_of_steps(run_dir, "replayed_share"),
-        "peak_memory_mib": round(peak_memory_mib()),
-    }
-    result["data"] = data.report
+    result |= costs(run_dir, totals) | {"data": data.report}
 
-    export(towers, run_dir / "export", _card(c, result, dims))
-    figures = _figures(run_dir, bm25, base, tuned, first, dims)
+    export(towers, run_dir / "export", card_of(c, result, dims=list(dims)))
     examples = ""
     if first and c.examples_shown:
         hits = [of[first][str(dims[0])]["first_hits"] for of in (base, tuned)]
         examples = report.examples_text(
             *hits, data.test[first], count=c.examples_shown, seed=c.seed
         )
-    tables = {
-        f"nDCG@10 on {name}, {s['size']}": report.result_table(
-            s["metrics"], s["delta"], markdown=True
-        )
-        for name, s in result["other_sets"].items()
-    }
-    captions = {f.stem.replace("_", " "): f"figures/{f.name}" for f in figures}
-    facts = _facts(c, result)
-    text = report.report_markdown(
-        result, facts=facts, tables=tables, examples=examples, figures=captions
-    )
-    write_text_atomic(run_dir / "report.md", text)
-    _log_to_tracker(track, result, figures)
-    write_json_atomic(run_dir / "result.json", result)
-    _show(run_dir, result, examples)
+
+    def table(of: dict, markdown: bool) -> str:
+        return report.result_table(of["metrics"], of["delta"], markdown=markdown)
+
+    titles = {name: f"nDCG@10 on {name}, {of['size']}" for name, of in sets.items()}
+    tables = {titles[n]: table(of, True) for n, of in result["other_sets"].items()}
+    publish(
+        c, run_dir, result, track, examples=examples,
+        tables=report.retrieval_tables(result) | tables,
+        shown={titles[n]: table(of, False) for n, of in sets.items()},
+        rows=(["system", "dim", "metric", "value"], _rows(result["metrics"])),
+        figures=_figures(run_dir, bm25, base, tuned, first, dims),
+    )  # fmt: skip
 
 
-def _mean_of_steps(run_dir: Path, name: str) -> float:
-    """Mean of a number over the logged steps; 0 where none holds it."""
-    values = [row[name] for row in read_rows(run_dir / "metrics.jsonl") if name in row]
-    return float(np.mean(values)) if values else 0.0
+def _rows(metrics: Mapping[str, Mapping]) -> list[list]:
+    return [
+        [system, dim, metric, value]
+        for system, of in metrics.items()
+        for dim, values in (of.items() if system != "bm25" else [("", of)])
+        for metric, value in values.items()
+    ]
 
 
 def _set_result(bm25: dict, base: dict, tuned: dict, seed: int) -> dict:
     """{"metrics", "delta"} of one set, as in result.json."""
-
-    def means(of: dict) -> dict[str, float]:
-        return {name: float(np.mean(x)) if x else 0.0 for name, x in of["per_query"].items()}
 
     def against(dim: str) -> dict:
         a, b = base[dim], tuned[dim]
@@ -192,8 +183,8 @@ def _set_result(bm25: dict, base: dict, tuned: dict, seed: int) -> dict:
             a["query_ids"], a["per_query"], b["query_ids"], b["per_query"], seed=seed
         )
 
-    metrics = {"bm25": means(bm25)} | {
-        name: {dim: means(one) for dim, one in of.items()}
+    metrics = {"bm25": means_of(bm25["per_query"])} | {
+        name: {dim: means_of(one["per_query"]) for dim, one in of.items()}
         for name, of in (("base", base), ("tuned", tuned))
     }
     return {"metrics": metrics, "delta": {dim: against(dim) for dim in base}}
@@ -203,11 +194,8 @@ def _figures(
     run_dir: Path, bm25: dict, base: dict, tuned: dict, first: str | None, dims: Sequence[int]
 ) -> list[Path]:
     folder = run_dir / "figures"
-    made = [
-        report.plot_training(
-            report.read_metrics(run_dir / "metrics.jsonl"), folder / "training_curve.png"
-        )
-    ]
+    rows = read_rows(run_dir / "metrics.jsonl")
+    made = [figures.plot_training(rows, folder / "training_curve.png")]
     if first is None or not bm25[first]["query_ids"]:
         return made
     values = {
@@ -215,66 +203,10 @@ def _figures(
         for name, of in (("base", base), ("tuned", tuned))
     }
     values["bm25"] = {"": bm25[first]["per_query"]["ndcg@10"]}
-    made.append(report.plot_dims(values, folder / "metric_by_dimension.png"))
+    made.append(figures.plot_dims(values, folder / "metric_by_dimension.png"))
     samples = {
         name: {kind: np.array(x) for kind, x in of[first][str(dims[0])]["scores"].items()}
         for name, of in (("base", base), ("tuned", tuned))
     }
-    made.append(report.plot_scores(samples, folder / "score_distribution.png"))
+    made.append(figures.plot_scores(samples, folder / "score_distribution.png"))
     return made
-
-
-def _facts(c: TrainConfig, result: dict) -> dict[str, object]:
-    facts = {
-        "base": c.model.base,
-        "data": c.data.root or c.data.format if not c.data.sets else ", ".join(c.data.sets),
-        "steps": f"{result['steps']} of {c.optim.batch_size} examples",
-        "learning rate": f"{c.optim.lr:g}, {c.optim.schedule}, warmup {c.optim.warmup:g}",
-        "loss": f"{c.loss.kind}, temperature {c.loss.temperature:g}, dims {c.loss.dims or 'full'}",
-        "training": f"{result['train_s']:.0f} s, {result['examples_per_s']:.1f} examples/s,"
-        f" {result['tokens_per_s']:.0f} tokens/s",
-        "peak memory": f"{result['peak_memory_mib']} MiB",
-        "seed": c.seed,
-    }
-    return facts
-
-
-def _card(c: TrainConfig, result: dict, dims: Sequence[int]) -> dict:
-    """What models/export.py writes into the model card."""
-    facts = _facts(c, result)
-    settings = {k: facts[k] for k in ("learning rate", "loss", "steps", "seed")}
-    return {
-        "name": c.name,
-        # a card is published: the name of a local file or folder, not its path
-        "data": f"{Path(str(facts['data'])).name} ({c.data.format})",
-        "settings": settings | {"dims": list(dims)},
-        "result": result,
-    }
-
-
-def _log_to_tracker(track: Tracker, result: dict, figures: list[Path]) -> None:
-    rows = [
-        [system, dim, metric, value]
-        for system, of in result["metrics"].items()
-        for dim, values in (of.items() if system != "bm25" else [("", of)])
-        for metric, value in values.items()
-    ]
-    track.finish(result, figures, (["system", "dim", "metric", "value"], rows))
-
-
-def _show(run_dir: Path, result: dict, examples: str) -> None:
-    """The end of a run on the terminal: table, examples, where things lie."""
-    out = sys.stdout
-    names = {result["test_set"]: result, **result["other_sets"]} if result["test_set"] else {}
-    for name, of in names.items():
-        table = report.result_table(of["metrics"], of["delta"])
-        out.write(f"\nnDCG@10 on {name}, {of['size']}\n{table}\n")
-    if examples:
-        out.write(f"\n{examples}\n")
-    out.write(f"\nreport   {run_dir / 'report.md'}\nfigures  {run_dir / 'figures'}\n")
-    out.write(f"model    {run_dir / 'export'}\n")
-
-
-def peak_memory_mib() -> float:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (1024 * 1024 if sys.platform == "darwin" else 1024)

@@ -5,12 +5,13 @@ Shapes: J judged queries, K hits a query.
 accuracy@k   share of queries with a relevant document among the first k (trec_eval's success_k)
 precision@k  relevant among the first k, over k          recall@k  over all relevant ones
 mrr@10       1 / rank of the first relevant document, 0 past rank 10
-ndcg@10      linear gains, log2 discount                 map@100   average precision over the first
-             100
+ndcg@10      linear gains, log2 discount
+map@100      average precision over the first 100
+mrr, map     the same over the whole list: for rerankers, which order all candidates
 Relevant means a grade of at least 1; ndcg@10 uses the grades.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +22,7 @@ NAMES = (
     "accuracy@1 accuracy@3 accuracy@5 accuracy@10 precision@1 precision@5 precision@10"
     " recall@5 recall@10 recall@100 mrr@10 ndcg@10 map@100"
 ).split()
+RERANK_NAMES = ("mrr", "map", "ndcg@10")
 
 _FAMILY = {
     "accuracy": "Success",
@@ -53,14 +55,16 @@ def measure_of(name: str):
     """Our name -> the ir-measures measure, e.g. ndcg@10 -> nDCG@10."""
     import ir_measures
 
-    family, _, cutoff = name.partition("@")
-    if family not in _FAMILY or not cutoff.isdigit() or int(cutoff) < 1:
+    family, at, cutoff = name.partition("@")
+    is_whole = family in ("mrr", "map") and not at
+    if family not in _FAMILY or not (is_whole or (cutoff.isdigit() and int(cutoff) >= 1)):
         raise ValueError(
-            f"no metric named {name!r}; want one of {', '.join(_FAMILY)} with @k, such as ndcg@10"
+            f"no metric named {name!r}; want one of {', '.join(_FAMILY)} with @k, such as ndcg@10;"
+            " mrr and map also without"
         )
     measure = getattr(ir_measures, _FAMILY[family])
     # pytrec_eval has no cut-off for RR; evaluate_hits cuts it
-    return measure if family == "mrr" else measure @ int(cutoff)
+    return measure if family == "mrr" or is_whole else measure @ int(cutoff)
 
 
 def evaluate_hits(
@@ -97,14 +101,17 @@ def evaluate_hits(
         for query_id, row in zip(query_ids, judged, strict=True):
             found = [doc_ids[n] for n in hits.docs_QK[row].tolist() if n >= 0]
             run[query_id] = dict(zip(found, falling, strict=False))
-        name_of = {str(measure_of(name)): name for name in names}
+        names_of: dict[str, list[str]] = {}
+        for name in names:  # mrr and mrr@10 are one measure to the library
+            names_of.setdefault(str(measure_of(name)), []).append(name)
         place = {query_id: at for at, query_id in enumerate(query_ids)}
         evaluator = ir_measures.pytrec_eval.evaluator(
-            [measure_of(name) for name in names],
+            [measure_of(of[0]) for of in names_of.values()],
             {query_id: dict(qrels[query_id]) for query_id in query_ids},
         )
         for value in evaluator.iter_calc(run):
-            per_query[name_of[str(value.measure)]][place[value.query_id]] = value.value
+            for name in names_of[str(value.measure)]:
+                per_query[name][place[value.query_id]] = value.value
     for name, value_J in per_query.items():
         if name.startswith("mrr@"):
             value_J[value_J < 1 / int(name[4:])] = 0.0
@@ -114,23 +121,3 @@ def evaluate_hits(
 def names_up_to(k: int) -> list[str]:
     """The metrics that k hits a query are enough for."""
     return [name for name in NAMES if int(name.partition("@")[2]) <= k]
-
-
-def run_lines(hits: Hits, tag: str) -> Iterator[str]:
-    """Lines of a TREC run file: `query Q0 document rank score tag`, best first.
-
-    Nine significant digits give every float32 back, so trec_eval, which sorts by score and then by
-    id, reads our order. Raises ValueError on an id that is empty or holds white space: the format
-    cannot carry it.
-    """
-    for what, ids in (("query", hits.query_ids), ("document", hits.doc_ids)):
-        for one in ids:
-            if one.split() != [one]:
-                raise ValueError(
-                    f"{what} id {one!r} cannot stand in a TREC run file: ids must be free of white"
-                    " space;"
-                    " rename it, or leave out= away to have the metrics alone"
-                )
-    for row, query_id in enumerate(hits.query_ids):
-        for rank, (doc_id, score) in enumerate(hits.of(row), 1):
-            yield f"{query_id} Q0 {doc_id} {rank} {score:.9g} {tag}\n"

@@ -5,8 +5,9 @@ import logging
 import torch
 from torch import nn
 
-from conf.schema import LossConfig
+from conf.schema import RERANK_LOSSES, LossConfig
 from losses.infonce import InfoNCE
+from losses.rerank import RerankLoss
 from losses.sigmoid import Sigmoid
 
 log = logging.getLogger(__name__)
@@ -22,6 +23,9 @@ def build_loss(c: LossConfig, seed: int = 0, *, precision: str = "fp32") -> nn.M
     precision  fp32 | bf16: with bf16 the kernels multiply embeddings rounded to bfloat16; torch
                computes in float32 whatever it is
     """
+    if c.kind in RERANK_LOSSES:
+        log.info("loss: %s, temperature %g", c.kind, c.temperature)
+        return RerankLoss(c, seed, precision)
     learned = " (learned)" if c.learn_temperature else ""
     way = BACKENDS.get(c.backend, "chunks in torch")
     log.info("loss: %s, %s, temperature %g%s", c.kind, way, c.temperature, learned)

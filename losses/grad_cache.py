@@ -1,7 +1,10 @@
 """One training step over a batch of any size: the exact gradient of the whole, in bounded memory.
 
 Shapes: B queries and n passages of this rank, A queries and N passages of all ranks, D embedding, E
-guide embedding.
+guide embedding; P pairs of this rank, L logits a pair.
+
+The same for a retriever, whose batch has queries and passages, and for a reranker, whose batch has
+pairs in groups and whose "embeddings" are logits.
 
 1. Encode in chunks. The graphs of the first chunks are kept, as many as the activation budget
    allows; the other chunks are encoded without a graph.
@@ -26,7 +29,11 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from data.batches import Batch, chunks
+from data.groups import GroupBatch
+from data.pairs import pack_pairs
 from losses.infonce import Targets
+from losses.rerank import GroupTargets
+from models.reranker import Reranker
 from models.towers import Towers
 from models.transformer import Packed, pack
 from runtime.distributed import SINGLE, Ranks
@@ -44,20 +51,38 @@ def seed_chunk(seed: int, step: int, rank: int, chunk: int) -> None:
     torch.manual_seed(int(state >> np.uint64(1)))
 
 
+Texts = list[np.ndarray] | list[tuple[np.ndarray, np.ndarray]]
+
+
+def texts_of(batch: Batch | GroupBatch, side: str) -> Texts:
+    """Token ids of the texts of one side; (ids, types) of pairs."""
+    if isinstance(batch, GroupBatch):
+        return list(zip(batch.pair_tokens, batch.pair_types, strict=True))
+    return batch.query_tokens if side == "query" else batch.passage_tokens
+
+
+def sides_of(batch: Batch | GroupBatch) -> tuple[str, ...]:
+    return ("pair",) if isinstance(batch, GroupBatch) else ("query", "passage")
+
+
 def pieces(
-    batch: Batch, chunk_tokens: int, device: torch.device
+    batch: Batch | GroupBatch, chunk_tokens: int, device: torch.device
 ) -> Iterator[tuple[str, np.ndarray, Packed]]:
     """(side, which texts, their pack) for every chunk of a batch, longest texts first; a side
     without texts has no chunk."""
-    for side in ("query", "passage"):
-        texts = batch.query_tokens if side == "query" else batch.passage_tokens
+    for side in sides_of(batch):
+        texts = batch.pair_tokens if isinstance(batch, GroupBatch) else texts_of(batch, side)
         for rows in chunks(np.array([len(t) for t in texts]), chunk_tokens):
             yield side, rows, packed_rows(batch, side, rows, device)
 
 
-def packed_rows(batch: Batch, side: str, rows: np.ndarray, device: torch.device) -> Packed:
+def packed_rows(
+    batch: Batch | GroupBatch, side: str, rows: np.ndarray, device: torch.device
+) -> Packed:
     """Texts of one side of a batch, by number, laid end to end."""
-    texts = batch.query_tokens if side == "query" else batch.passage_tokens
+    texts = texts_of(batch, side)
+    if isinstance(batch, GroupBatch):
+        return pack_pairs([texts[i] for i in rows], device)
     skip = batch.query_prompt_tokens_B if side == "query" else batch.passage_prompt_tokens_N
     return pack([texts[i] for i in rows], device, skip=skip[rows] if skip.any() else None)
 
@@ -68,7 +93,7 @@ def targets_on(
     """What answers what, as tensors. step and guide are for losses that ask for them."""
 
     def tensor(array: np.ndarray | None) -> Tensor | None:
-        return None if array is None else torch.from_numpy(np.ascontiguousarray(array)).to(device)
+        return None if array is None else on(device, array)
 
     guide_query_AE, guide_passage_NE = (None, None) if guide is None else guide.lookup(batch)
     return Targets(
@@ -86,10 +111,22 @@ def targets_on(
     )
 
 
+def group_targets_on(batch: GroupBatch, device: torch.device, *, step: int = 0) -> GroupTargets:
+    """Which pairs form a group and what they are worth, as tensors."""
+    return GroupTargets(
+        group_P=on(device, batch.group_P),
+        label_P=on(device, batch.label_P),
+        score_P=None if batch.score_P is None else on(device, batch.score_P),
+        num_groups_global=batch.num_examples_global,
+        num_pairs_global=batch.num_pairs_global,
+        step=step,
+    )
+
+
 def train_step(
-    towers: Towers,
+    model: Towers | Reranker,
     loss_fn: nn.Module,
-    batch: Batch,
+    batch: Batch | GroupBatch,
     *,
     seed: int,
     step: int,
@@ -102,8 +139,9 @@ def train_step(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Forward and backward of one batch: gradients are added to the parameters' .grad.
 
-    loss_fn    (q_BD, p_ND, targets, ranks) -> this rank's share of the loss and of its numbers; on
-               every rank, with or without texts, from the same collectives
+    loss_fn    (q_BD, p_ND, targets, ranks), for a reranker (logits_PL, targets, ranks) -> this
+               rank's share of the loss and of its numbers; on every rank, with or without texts,
+               from the same collectives
     batch      this rank's part; a rank may have no queries, no passages, or neither
     step       0-based; with seed, rank and a chunk's number it seeds the chunk's dropout
     autocast   makes the context for the encoder (the loss always runs in float32)
@@ -118,23 +156,22 @@ def train_step(
     def encode(number: int, side: str, packed: Packed) -> Tensor:
         seed_chunk(seed, step, ranks.rank, number)
         with autocast():
-            return towers.encode_query(packed) if side == "query" else towers.encode_passage(packed)
+            return model.encode(side, packed)
 
     if ranks.size > 1:  # what was there would be summed over ranks again
-        assert all(p.grad is None for m in (towers, loss_fn) for p in m.parameters())
+        assert all(p.grad is None for m in (model, loss_fn) for p in m.parameters())
 
     # 1. encode every chunk, keeping graphs while there is room
     trains = {
-        side: any(p.requires_grad for p in towers.tower(side).parameters())
-        for side in ("query", "passage")
+        side: any(p.requires_grad for p in model.tower(side).parameters()) for side in model.sides
     }
     leaves = {
-        side: empty_embeddings(towers, len(texts), device).requires_grad_(trains[side])
-        for side, texts in (("query", batch.query_tokens), ("passage", batch.passage_tokens))
+        side: empty_embeddings(model, len(texts_of(batch, side)), device).requires_grad_(is_trained)
+        for side, is_trained in trains.items()
     }
     kept: list[tuple[str, np.ndarray, Tensor]] = []
     to_replay: list[tuple[int, str, np.ndarray]] = []
-    meter = GraphMeter(towers, activation_budget_mib * 2**20)
+    meter = GraphMeter(model, activation_budget_mib * 2**20)
     replayed_tokens = 0
     # one context around all chunks: autocast keeps its copies of the weights until it ends. A copy
     # made without a graph would cut the weight off, so that no graph may come after one left out.
@@ -153,11 +190,15 @@ def train_step(
             del part  # a graph that does not fit goes before the next chunk comes
 
     # 2. the loss and its gradient, on embeddings alone
-    candidates_ND = ranks.gather_rows(leaves["passage"])
-    targets = targets_on(batch, device, step=step, guide=guide)
-    loss, numbers = loss_fn(leaves["query"], candidates_ND, targets, ranks)
+    if isinstance(batch, GroupBatch):
+        group_targets = group_targets_on(batch, device, step=step)
+        loss, numbers = loss_fn(leaves["pair"], group_targets, ranks)
+    else:
+        candidates_ND = ranks.gather_rows(leaves["passage"])
+        targets = targets_on(batch, device, step=step, guide=guide)
+        loss, numbers = loss_fn(leaves["query"], candidates_ND, targets, ranks)
+        del candidates_ND, targets
     loss.backward()
-    del candidates_ND, targets
 
     # 3. push the embedding gradients into each chunk; its graph is freed as it goes
     def push(side: str, rows: np.ndarray, part: Tensor) -> None:
@@ -172,13 +213,13 @@ def train_step(
     # all ranks: one sum of everything
     tokens = {"replayed_tokens": replayed_tokens, "tokens": batch.num_tokens}
     numbers = numbers | {k: torch.tensor(float(v), device=device) for k, v in tokens.items()}
-    loss, numbers = sum_over_ranks(towers, loss_fn, loss.detach(), numbers, ranks)
+    loss, numbers = sum_over_ranks(model, loss_fn, loss.detach(), numbers, ranks)
     numbers["replayed_share"] = numbers.pop("replayed_tokens") / numbers.pop("tokens").clamp(min=1)
     return loss, numbers
 
 
 def sum_over_ranks(
-    towers: Towers, loss_fn: nn.Module, loss: Tensor, numbers: dict[str, Tensor], ranks: Ranks
+    model: nn.Module, loss_fn: nn.Module, loss: Tensor, numbers: dict[str, Tensor], ranks: Ranks
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """(loss, numbers) summed over ranks, and each .grad with them, in one all-reduce.
 
@@ -187,7 +228,7 @@ def sum_over_ranks(
     """
     if ranks.size == 1:
         return loss, numbers
-    trained = [p for m in (towers, loss_fn) for p in m.parameters() if p.requires_grad]
+    trained = [p for m in (model, loss_fn) for p in m.parameters() if p.requires_grad]
     has_grad = [p.grad is not None for p in trained]
     names = sorted(numbers)
     scalars = [loss, *(numbers[name] for name in names)]
@@ -213,14 +254,16 @@ def sum_over_ranks(
     return loss, dict(zip(names, values, strict=True))
 
 
-def empty_embeddings(towers: Towers, count: int, device: torch.device) -> Tensor:
-    """Room for `count` embeddings, (count, D), in the type that a tower returns."""
-    dtype = torch.promote_types(next(towers.passage.parameters()).dtype, torch.float32)
-    return torch.empty(count, towers.width, dtype=dtype, device=device)
+def empty_embeddings(model: Towers | Reranker, count: int, device: torch.device) -> Tensor:
+    """Room for `count` embeddings (count, D), or logits (count, L), in the type they come in."""
+    dtype = torch.promote_types(
+        next(model.tower(model.sides[-1]).parameters()).dtype, torch.float32
+    )
+    return torch.empty(count, model.width, dtype=dtype, device=device)
 
 
-def on(device: torch.device, rows: np.ndarray) -> Tensor:
-    return torch.from_numpy(rows).to(device)
+def on(device: torch.device, array: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(array)).to(device)
 
 
 class GraphMeter:

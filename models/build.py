@@ -1,4 +1,4 @@
-"""ModelConfig -> Towers. The only place where a kind of model is named."""
+"""ModelConfig -> Towers or Reranker. The only place where a kind of model is named."""
 
 import copy
 import logging
@@ -7,8 +7,10 @@ from collections.abc import Iterable, Sequence
 from torch import nn
 
 from conf.schema import ModelConfig
+from data.pairs import MIN_PASSAGE, PairTemplate, tokenise_plain
 from data.tokens import tokenise
 from models.pretrained import load_towers, max_positions
+from models.reranker import Reranker, load_reranker
 from models.towers import Projection, Tower, Towers
 
 log = logging.getLogger(__name__)
@@ -30,10 +32,56 @@ def build_model(c: ModelConfig, *, dims: Sequence[int] = ()) -> Towers:
         _add_projection(towers, c)
     _set_spec(towers, c, dims)
     _freeze(towers, c.freeze)
-    frozen = sum(p.numel() for p in towers.parameters() if not p.requires_grad)
-    total = sum(p.numel() for p in towers.parameters())
-    log.info("model: %s, %s, %d parameters, %d frozen", c.base, towers.spec.kind, total, frozen)
+    _log_size(towers, c.base, towers.spec.kind)
     return towers.train()
+
+
+def build_reranker(c: ModelConfig) -> Reranker:
+    """Cross-encoder of `c.base` with the overrides of `c`, float32, in training mode, parts frozen.
+
+    A fresh head is all that is drawn from torch's global generator. A retriever's prompts and
+    lengths of queries and passages say nothing about pairs: prompts are those of `c`, or of a base
+    that is a cross-encoder already.
+    Raises ValueError when a setting does not fit the base, naming the setting.
+    """
+    unfit = {
+        "model.towers=dual": c.towers == "dual",
+        f"model.projection.dim={c.projection.dim}": bool(c.projection.dim),
+        "model.prompt_in_pooling=false": c.prompt_in_pooling is False,
+    }
+    for setting, is_set in unfit.items():
+        if is_set:
+            raise ValueError(f"{setting} has no meaning for a cross-encoder (task=rerank)")
+    reranker = load_reranker(c.base, c)
+    spec, limit = reranker.spec, max_positions(reranker.encoder)
+    for key in ("query_prompt", "passage_prompt"):
+        value = getattr(c, key)
+        if value is not None:
+            setattr(spec, key, value)
+    if c.max_pair_length is not None:
+        if limit is not None and c.max_pair_length > limit:
+            raise ValueError(
+                f"model.max_pair_length ({c.max_pair_length}) must be <= {limit}, the positions of"
+                f" {c.base}"
+            )
+        spec.max_length = c.max_pair_length
+    prompts = tokenise_plain(reranker.tokenizer, [spec.query_prompt, spec.passage_prompt])
+    num_fixed = PairTemplate.of(reranker.tokenizer).num_special + sum(map(len, prompts))
+    if num_fixed + MIN_PASSAGE >= spec.max_length:
+        raise ValueError(
+            f"prompts and special tokens take {num_fixed} of the {spec.max_length} tokens of a"
+            " pair; shorten model.query_prompt or model.passage_prompt, or raise"
+            " model.max_pair_length"
+        )
+    _freeze(reranker, c.freeze)
+    _log_size(reranker, c.base, f"cross-encoder, {spec.head} head on {spec.pooling}")
+    return reranker.train()
+
+
+def _log_size(model: Towers | Reranker, base: str, kind: str) -> None:
+    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    total = sum(p.numel() for p in model.parameters())
+    log.info("model: %s, %s, %d parameters, %d frozen", base, kind, total, frozen)
 
 
 def _distinct(towers: Towers) -> list[Tower]:
@@ -95,28 +143,30 @@ def _set_spec(towers: Towers, c: ModelConfig, dims: Sequence[int]) -> None:
     spec.dims = list(dims)
 
 
-def _freeze(towers: Towers, parts: Iterable[str]) -> None:
+def _freeze(model: Towers | Reranker, parts: Iterable[str]) -> None:
     """Switch gradients off. MPNet's relative bias, of all layers, freezes with a tower alone."""
+    is_reranker = isinstance(model, Reranker)
+    encoders = [model.encoder] if is_reranker else [t.encoder for t in _distinct(model)]
     for part in parts:
         name, _, count = part.partition(":")
         frozen: list[nn.Module] = []
         if name in ("query_tower", "passage_tower"):
-            if not towers.is_dual:
+            if is_reranker or not model.is_dual:
                 raise ValueError(
                     f"model.freeze={part} needs model.towers=dual; both sides share one tower"
                 )
-            frozen.append(towers.tower(name.removesuffix("_tower")))
-        for tower in _distinct(towers):
+            frozen.append(model.tower(name.removesuffix("_tower")))
+        for encoder in encoders:
             if name == "embeddings":
-                frozen.append(tower.encoder.embeddings)
+                frozen.append(encoder.embeddings)
             elif name == "layers":
-                layers = tower.encoder.layers
+                layers = encoder.layers
                 if int(count) > len(layers):
                     raise ValueError(
-                        f"model.freeze={part}: {towers.spec.base} has {len(layers)} layers"
+                        f"model.freeze={part}: {model.spec.base} has {len(layers)} layers"
                     )
                 frozen += layers[: int(count)]
         for module in frozen:
             module.requires_grad_(False)
-    if not any(p.requires_grad for p in towers.parameters()):
+    if not any(p.requires_grad for p in model.parameters()):
         raise ValueError(f"model.freeze ({', '.join(parts)}) leaves nothing to train")

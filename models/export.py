@@ -1,10 +1,14 @@
-"""Towers -> a folder that sentence-transformers and transformers load, with a model card."""
+"""Towers -> a folder that sentence-transformers and transformers load, with a model card.
+
+models/export_reranker.py does it for cross-encoders, with the same parts.
+"""
 
 import json
 import logging
 import os
 import re
 import shutil
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,7 +19,8 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from data.tokens import special_ends
-from models.pretrained import ACTIVATION_CLASSES, LAYOUTS, POOLINGS, name_map
+from models.pretrained import ACTIVATION_CLASSES, LAYOUTS, POOLINGS, Source, name_map
+from models.reranker import Reranker
 from models.towers import Projection, Tower, Towers
 from models.transformer import Encoder
 
@@ -23,13 +28,13 @@ log = logging.getLogger(__name__)
 
 # Class paths that every sentence-transformers since version 2 (Router: 5) resolves.
 _MODULES = "sentence_transformers.models."
-_ACTIVATION_PATHS = {
+ACTIVATION_PATHS = {
     "identity": "torch.nn.modules.linear.Identity",
     "tanh": "torch.nn.modules.activation.Tanh",
     "gelu": "torch.nn.modules.activation.GELU",
     "relu": "torch.nn.modules.activation.ReLU",
 }
-assert _ACTIVATION_PATHS.keys() == set(ACTIVATION_CLASSES.values())
+assert ACTIVATION_PATHS.keys() == set(ACTIVATION_CLASSES.values())
 
 
 def export(towers: Towers, out: Path, card: dict[str, Any]) -> None:
@@ -43,13 +48,18 @@ def export(towers: Towers, out: Path, card: dict[str, Any]) -> None:
     encode_document of sentence-transformers 6 apply their own.
     """
     out = Path(out)
+    write_folder(out, lambda temporary: _write(towers, temporary, card, name=out.name))
+
+
+def write_folder(out: Path, write: Callable[[Path], None]) -> None:
+    """Replace `out` by what `write` puts into an empty folder, once that is whole."""
     out.parent.mkdir(parents=True, exist_ok=True)
     for leftover in out.parent.glob(f".{out.name}.tmp-*"):  # of a run that was killed here
         shutil.rmtree(leftover, ignore_errors=True)
     temporary = out.with_name(f".{out.name}.tmp-{os.getpid()}")
     temporary.mkdir()
     try:
-        _write(towers, temporary, card, name=out.name)
+        write(temporary)
         _replace(temporary, out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -63,16 +73,12 @@ def _write(towers: Towers, out: Path, card: dict[str, Any], *, name: str) -> Non
         _write_router(towers, out, lengths)
         modules = [("Router", "")]
     else:
-        _write_transformer(towers.passage, towers.tokenizer_passage, out, lengths)
+        write_transformer(towers.passage, towers.tokenizer_passage, out, lengths)
         modules = [
             ("Transformer", ""),
             *_write_head(towers.passage, out, spec.prompt_in_pooling),
         ]
-    entries = [
-        {"idx": i, "name": str(i), "path": path, "type": _MODULES + kind}
-        for i, (kind, path) in enumerate(modules)
-    ]
-    _write_json(out / "modules.json", entries)
+    write_modules(modules, out)
     settings = {
         "__version__": {"transformers": version("transformers"), "pytorch": version("torch")},
         "prompts": {"query": spec.query_prompt, "document": spec.passage_prompt},
@@ -80,8 +86,17 @@ def _write(towers: Towers, out: Path, card: dict[str, Any], *, name: str) -> Non
         "similarity_fn_name": "cosine" if spec.normalize else "dot",
         "rook": {"dims": list(spec.dims), "base": spec.base},
     }
-    _write_json(out / "config_sentence_transformers.json", settings)
+    write_json(out / "config_sentence_transformers.json", settings)
     (out / "README.md").write_text(model_card(towers, card, name=name), encoding="utf-8")
+
+
+def write_modules(modules: list[tuple[str, str]], out: Path) -> None:
+    """modules.json of (class, folder name) in order."""
+    entries = [
+        {"idx": i, "name": str(i), "path": path, "type": _MODULES + kind}
+        for i, (kind, path) in enumerate(modules)
+    ]
+    write_json(out / "modules.json", entries)
 
 
 def _replace(temporary: Path, out: Path) -> None:
@@ -100,7 +115,7 @@ def _replace(temporary: Path, out: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
@@ -113,14 +128,14 @@ def _write_router(towers: Towers, out: Path, lengths: dict[str, int]) -> None:
         tower = towers.tower(side)
         folder = out / f"{route}_0_Transformer"
         folder.mkdir()
-        _write_transformer(tower, towers.tokenizer(side), folder, {route: lengths[route]})
+        write_transformer(tower, towers.tokenizer(side), folder, {route: lengths[route]})
         modules = _write_head(tower, out, towers.spec.prompt_in_pooling, prefix=f"{route}_")
         structure[route] = [folder.name, *(path for _, path in modules)]
         types[folder.name] = _MODULES + "Transformer"
         types |= {path: _MODULES + kind for kind, path in modules}
     parameters = {"default_route": "document", "allow_empty_key": True}
     config = {"types": types, "structure": structure, "parameters": parameters}
-    _write_json(out / "router_config.json", config)
+    write_json(out / "router_config.json", config)
 
 
 def _write_head(
@@ -135,23 +150,27 @@ def _write_head(
         path.mkdir()
         return path
 
-    mode = {ours: theirs for theirs, ours in POOLINGS.items()}[tower.pooling]
+    write_pooling(tower.pooling, tower.encoder.width, folder("Pooling"), prompt_in_pooling)
+    for projection in tower.projections:
+        _write_dense(projection, folder("Dense"))
+    if tower.normalize:
+        folder("Normalize")
+    return modules
+
+
+def write_pooling(how: str, width: int, folder: Path, prompt_in_pooling: bool = True) -> None:
+    mode = {ours: theirs for theirs, ours in POOLINGS.items()}[how]
     flags = {
         "cls": "cls_token",
         "mean": "mean_tokens",
         "max": "max_tokens",
         "lasttoken": "lasttoken",
     }
-    pooling = {"word_embedding_dimension": tower.encoder.width}
+    pooling = {"word_embedding_dimension": width}
     # one boolean a mode: the form that every version reads
     pooling |= {f"pooling_mode_{flag}": flag == flags[mode] for flag in flags.values()}
     pooling |= {"pooling_mode_mean_sqrt_len_tokens": False, "include_prompt": prompt_in_pooling}
-    _write_json(folder("Pooling") / "config.json", pooling)
-    for projection in tower.projections:
-        _write_dense(projection, folder("Dense"))
-    if tower.normalize:
-        folder("Normalize")
-    return modules
+    write_json(folder / "config.json", pooling)
 
 
 def _write_dense(projection: Projection, folder: Path) -> None:
@@ -160,13 +179,13 @@ def _write_dense(projection: Projection, folder: Path) -> None:
         "in_features": linear.in_features,
         "out_features": linear.out_features,
         "bias": linear.bias is not None,
-        "activation_function": _ACTIVATION_PATHS[projection.activation],
+        "activation_function": ACTIVATION_PATHS[projection.activation],
     }
-    _write_json(folder / "config.json", config)
-    _save(projection.state_dict(), folder / "model.safetensors")
+    write_json(folder / "config.json", config)
+    save_tensors(projection.state_dict(), folder / "model.safetensors")
 
 
-def _save(tensors: dict[str, Tensor], path: Path) -> None:
+def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     # clones: parts of qkv share memory, which safetensors refuses
     plain = {
         k: t.detach().to("cpu", torch.float32, copy=True).contiguous() for k, t in tensors.items()
@@ -174,27 +193,41 @@ def _save(tensors: dict[str, Tensor], path: Path) -> None:
     save_file(plain, path, metadata={"format": "pt"})
 
 
-def _write_transformer(
-    tower: Tower, tokenizer: Tokenizer, folder: Path, lengths: dict[str, int]
+def write_transformer(
+    tower: Tower | Reranker,
+    tokenizer: Tokenizer,
+    folder: Path,
+    lengths: dict[str, int],
+    *,
+    has_types: bool = False,
+    tensors: dict[str, Tensor] | None = None,
+    config: dict[str, Any] | None = None,
+    settings: dict[str, Any] | None = None,
 ) -> None:
-    """Weights, config.json, tokenizer and sentence_bert_config.json of one tower.
+    """Weights, config.json, tokenizer and sentence_bert_config.json of one encoder.
 
-    lengths  maximum tokens by route; both routes for a single tower
+    lengths    maximum tokens by route; both routes for a single tower
+    has_types  whether the model reads token types
+    tensors    what model.safetensors holds; None: those of transformers' bare class
+    config     keys put over those of config.json
+    settings   more keys of sentence_bert_config.json
     """
     source, encoder = tower.source, tower.encoder
     longest = max(lengths.values())
     if isinstance(encoder, Encoder):
-        config = {k: v for k, v in source.config.items() if k not in ("torch_dtype", "auto_map")}
-        config |= {"architectures": [LAYOUTS[config["model_type"]][2]], "dtype": "float32"}
-        _write_json(folder / "config.json", config)
-        _save(hf_tensors(encoder) | source.pooler, folder / "model.safetensors")
+        values = {k: v for k, v in source.config.items() if k not in ("torch_dtype", "auto_map")}
+        values |= {"architectures": [LAYOUTS[values["model_type"]][2]], "dtype": "float32"}
+        write_json(folder / "config.json", values | (config or {}))
+        if tensors is None:
+            tensors = hf_tensors(encoder) | source.pooler
+        save_tensors(tensors, folder / "model.safetensors")
     else:
         encoder.model.save_pretrained(folder)
-    _write_tokenizer(tokenizer, source, folder, longest)
-    config = {"max_seq_length": longest, "do_lower_case": False}  # tokenizer.json does it
+    write_tokenizer(tokenizer, source, folder, longest, has_types=has_types)
+    values = {"max_seq_length": longest, "do_lower_case": False}  # tokenizer.json does it
     if len(set(lengths.values())) > 1:  # older sentence-transformers refuse keys they do not know
-        config |= {f"{route}_length": length for route, length in lengths.items()}
-    _write_json(folder / "sentence_bert_config.json", config)
+        values |= {f"{route}_length": length for route, length in lengths.items()}
+    write_json(folder / "sentence_bert_config.json", values | (settings or {}))
 
 
 def hf_tensors(encoder: Encoder) -> dict[str, Tensor]:
@@ -207,7 +240,9 @@ def hf_tensors(encoder: Encoder) -> dict[str, Tensor]:
     }
 
 
-def _write_tokenizer(tokenizer: Tokenizer, source: Any, folder: Path, max_length: int) -> None:
+def write_tokenizer(
+    tokenizer: Tokenizer, source: Source, folder: Path, max_length: int, *, has_types: bool = False
+) -> None:
     """tokenizer.json as we use it, and a tokenizer_config.json that makes transformers obey it.
 
     transformers 5 rebuilds normaliser and pre-tokeniser of classes such as BertTokenizer from
@@ -226,6 +261,7 @@ def _write_tokenizer(tokenizer: Tokenizer, source: Any, folder: Path, max_length
     config = {k: v for k, v in config.items() if k not in dropped}
     config |= {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": max_length}
     config["model_input_names"] = ["input_ids", "attention_mask"]
+    config["model_input_names"] += ["token_type_ids"] if has_types else []
     # sentence-transformers tells a prompt's length by these: all special tokens must be named
     front, back = special_ends(tokenizer)
     known = {_text(config.get(k)) for k in config if k.endswith("_token")}
@@ -235,7 +271,7 @@ def _write_tokenizer(tokenizer: Tokenizer, source: Any, folder: Path, max_length
             config[key] = token
     if config.get("pad_token") is None:
         config["pad_token"] = tokenizer.id_to_token(source.config.get("pad_token_id") or 0)
-    _write_json(folder / "tokenizer_config.json", config)
+    write_json(folder / "tokenizer_config.json", config)
 
 
 def _text(token: Any) -> str | None:
@@ -263,7 +299,7 @@ def model_card(towers: Towers, card: dict[str, Any], *, name: str = "model") -> 
         header["metrics"] = metrics
     kind = "two encoders, one for queries and one for passages" if towers.is_dual else "one encoder"
     title = card.get("name") or name
-    lines = ["---", *_yaml(header), "---", "", f"# {title}", ""]
+    lines = ["---", *yaml_header(header), "---", "", f"# {title}", ""]
     lines += [
         f"A dense text retriever ({kind}, {towers.width} dimensions), made from `{spec.base}`.",
         "",
@@ -271,7 +307,7 @@ def model_card(towers: Towers, card: dict[str, Any], *, name: str = "model") -> 
     if card.get("data"):
         lines += ["## Data", "", str(card["data"]), ""]
     lines += ["## Settings", "", "| setting | value |", "|---|---|"]
-    lines += [f"| {_cell(k)} | {_cell(v)} |" for k, v in _settings(towers, card).items()]
+    lines += [f"| {cell(k)} | {cell(v)} |" for k, v in _settings(towers, card).items()]
     if table := result_table(result):
         lines += ["", "## Results", "", *table]
     lines += ["", "## Use", "", *_usage(towers, name), "", "## Limits", ""]
@@ -381,11 +417,11 @@ def _limits(towers: Towers) -> list[str]:
     ]
 
 
-def _cell(value: Any) -> str:
+def cell(value: Any) -> str:
     return str(value).replace("|", "\\|").replace("\n", " ")
 
 
-def _yaml(values: dict[str, Any]) -> list[str]:
+def yaml_header(values: dict[str, Any]) -> list[str]:
     """The header: scalars and lists of scalars, every string quoted as JSON, which YAML reads."""
     lines = []
     for key, value in values.items():

@@ -378,10 +378,17 @@ def _stored_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
         raise ValueError(f"{path} cannot be read: {error}; download or copy it again") from error
 
 
-def load_weights(encoder: nn.Module, layout: str, prefix: str, folder: Path) -> dict[str, Tensor]:
+def load_weights(
+    encoder: nn.Module,
+    layout: str,
+    prefix: str,
+    folder: Path,
+    head: dict[str, nn.Parameter] | None = None,
+) -> dict[str, Tensor]:
     """Fill `encoder` from the weight files of `folder`; returns the pooler, which export needs.
 
     prefix  that checkpoints with a head put before every key ("bert.")
+    head    more parameters to fill, by Hugging Face name without that prefix
     Stored float16 and bfloat16 become float32.
     Raises ValueError that names missing, unexpected and misshapen keys.
     """
@@ -391,6 +398,9 @@ def load_weights(encoder: nn.Module, layout: str, prefix: str, folder: Path) -> 
     for ours in targets:
         for part, key in enumerate(names[ours]):
             place[key] = (ours, part, len(names[ours]))
+    for key, parameter in (head or {}).items():
+        targets[f"head {key}"] = parameter
+        place[key] = (f"head {key}", 0, 1)
     seen: dict[str, Path] = {}
     unexpected, harmless, misshapen = [], [], []
     pooler = {}
@@ -523,11 +533,13 @@ def load_encoder(
     dropout: float | None = None,
     attention_dropout: float = 0.0,
     name: str = "",
+    head: dict[str, nn.Parameter] | None = None,
 ) -> tuple[nn.Module, Source]:
     """Encoder of a Hugging Face folder in float32, and what else the folder says.
 
     adapter  auto (our encoder where it can, logged where not) | packed | automodel
     name     of the base, for the model card
+    head     parameters of a head stored beside our encoder's, to be filled (see load_weights)
     Raises ValueError when weights and config.json disagree, or when adapter=packed cannot serve.
     """
     config = read_json(folder / "config.json")
@@ -552,7 +564,7 @@ def load_encoder(
         )
     encoder = encoder.to_empty(device="cpu").float()
     layout, prefix, _ = LAYOUTS[config["model_type"]]
-    source.pooler.update(load_weights(encoder, layout, prefix, folder))
+    source.pooler.update(load_weights(encoder, layout, prefix, folder, head))
     return encoder, source
 
 
@@ -647,7 +659,7 @@ def _read_router(folder: Path) -> dict[str, list[Module]]:
     return {side: [Module(types[i], folder / i) for i in ids] for side, ids in sides.items()}
 
 
-def _plan(modules: list[Module]) -> Plan:
+def plan_of(modules: list[Module]) -> Plan:
     order = "".join(
         {"Transformer": "T", "Pooling": "P", "Dense": "D", "Normalize": "N"}.get(m.kind, "?")
         for m in modules
@@ -662,7 +674,7 @@ def _plan(modules: list[Module]) -> Plan:
         )
     plan = Plan(modules[0].folder)
     if len(modules) > 1:
-        _read_transformer_config(plan)
+        read_transformer_config(plan)
     for module in modules[1:]:
         if module.kind == "Pooling":
             config = read_json(module.folder / "config.json")
@@ -705,28 +717,26 @@ def _pooling(config: dict[str, Any], folder: Path) -> str:
     return POOLINGS[modes[0]]
 
 
-def _read_transformer_config(plan: Plan) -> None:
+def read_transformer_config(
+    plan: Plan, task: str = "feature-extraction", output: str = "last_hidden_state"
+) -> None:
     where = next((p for f in _TRANSFORMER_CONFIGS if (p := plan.transformer / f).is_file()), None)
     if where is None:
         return
     config = read_json(where)
-    modalities = config.get("modality_config") or {
-        "text": {"method_output_name": "last_hidden_state"}
-    }
+    modalities = config.get("modality_config") or {"text": {"method_output_name": output}}
     bad = {
-        "transformer_task": config.get("transformer_task", "feature-extraction")
-        != "feature-extraction",
+        "transformer_task": config.get("transformer_task", task) != task,
         "query_expansion": config.get("query_expansion") is not None,
         "processing_kwargs": bool(config.get("processing_kwargs")),
         "modality_config": "message" in modalities
-        or modalities.get("text", {}).get("method_output_name")
-        not in ("last_hidden_state", ["last_hidden_state"]),
+        or modalities.get("text", {}).get("method_output_name") not in (output, [output]),
     }
     for key, is_bad in bad.items():
         if is_bad:
             raise ValueError(
                 f"{where}: {key} = {config[key]!r} is not supported;"
-                " supported: plain text to token embeddings"
+                f" supported: plain text to {output}"
             )
     plan.lowercase = bool(config.get("do_lower_case", False))
     tokenizer_kwargs = config.get("processor_kwargs") or config.get("tokenizer_args") or {}
@@ -737,14 +747,17 @@ def _read_transformer_config(plan: Plan) -> None:
     )
 
 
-def _load_dense(folder: Path) -> Projection:
-    """Projection of a Dense folder, old or new, float32."""
+def load_dense(folder: Path, output: str = "sentence_embedding") -> Projection:
+    """Projection of a Dense folder, old or new, float32.
+
+    output  what it computes: sentence_embedding, or scores for the head of a cross-encoder
+    """
     config = read_json(folder / "config.json")
     odd = {
         "use_residual": config.get("use_residual", False) is not False,
         "module_input_name": config.get("module_input_name", "sentence_embedding")
         != "sentence_embedding",
-        "module_output_name": config.get("module_output_name") not in (None, "sentence_embedding"),
+        "module_output_name": (config.get("module_output_name") or "sentence_embedding") != output,
     }
     for key, is_odd in odd.items():
         if is_odd:
@@ -782,28 +795,36 @@ def max_positions(encoder: nn.Module) -> int | None:
     return encoder.config.max_positions if isinstance(encoder, Encoder) else encoder.max_positions
 
 
-def _max_length(wanted: int | None, tower: Tower) -> int:
-    """Tokens a side may have: as the folder says, else what its tokenizer is meant for, else 512.
+def longest_input(wanted: int | None, encoder: nn.Module, source: Source) -> int:
+    """Tokens a text may have: as the folder says, else what its tokenizer is meant for, else 512.
 
     Never more than the model has positions for.
     """
-    positions = max_positions(tower.encoder)
+    positions = max_positions(encoder)
     if wanted is None:
-        wanted = tower.source.tokenizer_config.get("model_max_length") or 1e30
+        wanted = source.tokenizer_config.get("model_max_length") or 1e30
         if wanted > 1_000_000:  # transformers writes 1e30 for "no limit"
             wanted = positions or 512
     return int(wanted if positions is None else min(wanted, positions))
 
 
-def _load_tower(plan: Plan, name: str, options: dict[str, Any]) -> tuple[Tower, Tokenizer]:
+def load_transformer(
+    plan: Plan, name: str, options: dict[str, Any], head: dict[str, nn.Parameter] | None = None
+) -> tuple[nn.Module, Source, Tokenizer]:
+    """Encoder and tokenizer of a plan; options and head as for load_encoder."""
     tokenizer = load_tokenizer(plan.transformer, lowercase=plan.lowercase)
-    encoder, source = load_encoder(plan.transformer, name=name, **options)
+    encoder, source = load_encoder(plan.transformer, name=name, head=head, **options)
     vocab = source.config.get("vocab_size")
     if vocab is not None and tokenizer.get_vocab_size() > vocab:
         raise ValueError(
             f"{plan.transformer}: {tokenizer.get_vocab_size()} tokens in tokenizer.json, {vocab} in"
             " config.json; these files belong to different models"
         )
+    return encoder, source, tokenizer
+
+
+def _load_tower(plan: Plan, name: str, options: dict[str, Any]) -> tuple[Tower, Tokenizer]:
+    encoder, source, tokenizer = load_transformer(plan, name, options)
     pooling = plan.pooling
     if pooling is None:  # as sentence-transformers chooses for a plain folder
         is_causal = any(a.endswith("ForCausalLM") for a in source.config.get("architectures") or [])
@@ -812,7 +833,7 @@ def _load_tower(plan: Plan, name: str, options: dict[str, Any]) -> tuple[Tower, 
     tower = Tower(
         encoder,
         pooling=pooling,
-        projections=[_load_dense(d) for d in plan.dense],
+        projections=[load_dense(d) for d in plan.dense],
         normalize=plan.normalize,
     )
     tower.source = source
@@ -826,6 +847,33 @@ def _load_tower(plan: Plan, name: str, options: dict[str, Any]) -> tuple[Tower, 
     return tower, tokenizer
 
 
+def encoder_options(c: ModelConfig | None) -> dict[str, Any]:
+    """What of the settings goes to load_encoder."""
+    if c is None:
+        return {}
+    return {
+        "adapter": c.adapter, "dropout": c.dropout, "attention_dropout": c.attention_dropout,
+    }  # fmt: skip
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """config_sentence_transformers.json of a folder, {} where it has none."""
+    path = folder / "config_sentence_transformers.json"
+    return read_json(path) if path.is_file() else {}
+
+
+def holds_reranker(folder: Path, settings: dict[str, Any]) -> bool:
+    """Whether a model folder is a cross-encoder: of sentence-transformers, or a transformers class
+    for sequence classification.
+
+    settings  of the folder, as read_settings gives them
+    """
+    if (folder / "modules.json").is_file():
+        return settings.get("model_type") == "CrossEncoder"
+    architectures = read_json(folder / "config.json").get("architectures") or []
+    return any(a.endswith("ForSequenceClassification") for a in architectures)
+
+
 def load_towers(base: str | Path, c: ModelConfig | None = None) -> Towers:
     """Towers of a model folder (sentence-transformers or Hugging Face), run directory or hub id.
 
@@ -834,15 +882,17 @@ def load_towers(base: str | Path, c: ModelConfig | None = None) -> Towers:
     Raises ValueError naming the file when something is missing, damaged or not supported.
     """
     folder = resolve_base(base, None if c is None else c.revision)
-    options = {} if c is None else {
-        "adapter": c.adapter, "dropout": c.dropout, "attention_dropout": c.attention_dropout,
-    }  # fmt: skip
-    path = folder / "config_sentence_transformers.json"
-    settings = read_json(path) if path.is_file() else {}
-    name = _base_name(base)
+    options = encoder_options(c)
+    settings = read_settings(folder)
+    if holds_reranker(folder, settings):
+        raise ValueError(
+            f"{folder} holds a cross-encoder, which scores pairs and has no embeddings; name a"
+            " retriever or encoder, or train with task=rerank"
+        )
+    name = base_name(base)
     sides = read_modules(folder)
     is_single = sides["query"] == sides["passage"]
-    plans = {side: _plan(modules) for side, modules in sides.items()}
+    plans = {side: plan_of(modules) for side, modules in sides.items()}
     if not is_single and set(sides["query"]) & set(sides["passage"]):
         log.warning("%s: modules shared by both routes become independent copies", folder)
     if plans["query"].prompt_in_pooling != plans["passage"].prompt_in_pooling:
@@ -868,19 +918,23 @@ def load_towers(base: str | Path, c: ModelConfig | None = None) -> Towers:
         kind="single" if is_single else "dual",
         pooling=passage.pooling,
         normalize=passage.normalize,
-        query_prompt=_prompt(settings, "query"),
-        passage_prompt=_prompt(settings, "document", "passage", "corpus"),
+        query_prompt=prompt_of(settings, "query"),
+        passage_prompt=prompt_of(settings, "document", "passage", "corpus"),
         prompt_in_pooling=passage_plan.prompt_in_pooling,
-        max_query_length=_max_length(query_plan.max_query_length or query_plan.max_length, query),
-        max_passage_length=_max_length(
-            passage_plan.max_passage_length or passage_plan.max_length, passage
+        max_query_length=longest_input(
+            query_plan.max_query_length or query_plan.max_length, query.encoder, query.source
+        ),
+        max_passage_length=longest_input(
+            passage_plan.max_passage_length or passage_plan.max_length,
+            passage.encoder,
+            passage.source,
         ),
         dims=list(settings.get("rook", {}).get("dims", [])),
     )
     return Towers(query, passage, spec, tokenizer_q, tokenizer_p)
 
 
-def _base_name(base: str | Path) -> str:
+def base_name(base: str | Path) -> str:
     """What a model card calls a base: its hub id, or the name of its folder."""
     if Path(base).expanduser().is_dir():
         return Path(base).expanduser().resolve().name
@@ -888,7 +942,7 @@ def _base_name(base: str | Path) -> str:
     return str(base) if package is None else package.hub_id
 
 
-def _prompt(settings: dict[str, Any], *names: str) -> str:
+def prompt_of(settings: dict[str, Any], *names: str) -> str:
     """The first of the named prompts that the folder has, else its default prompt, else none."""
     prompts = settings.get("prompts") or {}
     found = [prompts.get(n) for n in (*names, settings.get("default_prompt_name"))]

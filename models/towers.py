@@ -153,6 +153,14 @@ class Towers(nn.Module):
     def tokenizer(self, side: str):
         return self.tokenizer_query if side == "query" else self.tokenizer_passage
 
+    @property
+    def sides(self) -> tuple[str, ...]:
+        """The kinds of text that the model takes; a reranker has one, "pair"."""
+        return ("query", "passage")
+
+    def encode(self, side: str, packed: Packed) -> Tensor:
+        return self.tower(side)(packed)
+
     def encode_query(self, packed: Packed) -> Tensor:
         return self.query(packed)
 

@@ -119,7 +119,7 @@ class EncoderConfig:
         return self.layout == "modernbert"
 
 
-def _activation(x: Tensor, name: str) -> Tensor:
+def activate(x: Tensor, name: str) -> Tensor:
     if name == "gelu":
         return F.gelu(x)
     if name in ("gelu_new", "gelu_pytorch_tanh"):
@@ -276,9 +276,9 @@ class Mlp(nn.Module):
         if not self.is_gated and self.activation == "gelu" and torch.is_grad_enabled():
             return GeluDown.apply(up_TI, self.down.weight, self.down.bias)
         if not self.is_gated:
-            return self.down(_activation(up_TI, self.activation))
+            return self.down(activate(up_TI, self.activation))
         value_TI, gate_TI = up_TI.chunk(2, dim=-1)
-        return self.down(_activation(value_TI, self.activation) * gate_TI)
+        return self.down(activate(value_TI, self.activation) * gate_TI)
 
 
 class Layer(nn.Module):

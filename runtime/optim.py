@@ -38,15 +38,19 @@ def decay_groups(model: nn.Module, loss_fn: nn.Module, c: OptimConfig) -> list[d
     parameters do not.
 
     With layer_decay < 1 a layer's rate falls by that factor for each layer above it, the
-    embeddings' lowest (Clark et al. 2020, ELECTRA, appendix A).
+    embeddings' lowest (Clark et al. 2020, ELECTRA, appendix A). A reranker's head has a rate of its
+    own where head_lr is set.
     """
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     depth = 1 + max((_layer_number(n) for n, _ in model.named_parameters()), default=0)
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        is_above_layers = ".encoder." not in name or "final_norm" in name
+        words = name.split(".")
+        is_above_layers = "encoder" not in words or "final_norm" in words
         factor = 1.0 if is_above_layers else c.layer_decay ** (depth - _layer_number(name))
+        if words[0] == "head" and c.head_lr is not None:
+            factor = c.head_lr / c.lr
         groups.setdefault((factor, parameter.ndim >= 2), []).append(parameter)
     result = [
         {"params": params, "lr_factor": factor, "weight_decay": c.weight_decay if decays else 0.0}

@@ -11,7 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 PATH_KEYS = (
     "model.base",
     "data.root",
+    "data.texts",
     "data.cache_dir",
     "loss.guide",
     "loss.teacher",
@@ -34,6 +35,9 @@ PATH_KEYS = (
     "model",
     "data",
     "against",
+    "first_stage",
+    "also",
+    "texts",
     "out",
 )
 # Settings (and whole sections) that must not change results: a resumed run may change them.
@@ -63,11 +67,22 @@ def write_bytes_atomic(path: Path, content: bytes) -> None:
     """Write a file that is either the old one or the new one, whole, even when the machine stops in
     between.
     """
-    path = Path(path)
+    _write_atomic(path, [content])
+
+
+def write_lines_atomic(path: Path, lines: Iterable[str]) -> int:
+    """write_bytes_atomic for lines that come one by one, each with its end; how many there were."""
+    return _write_atomic(path, (line.encode("utf-8") for line in lines))
+
+
+def _write_atomic(path: Path, parts: Iterable[bytes]) -> int:
+    path, num_parts = Path(path), 0
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as f:
-            f.write(content)
+            for part in parts:
+                f.write(part)
+                num_parts += 1
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
@@ -75,6 +90,7 @@ def write_bytes_atomic(path: Path, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
         raise
     fsync_dir(path.parent)
+    return num_parts
 
 
 def write_text_atomic(path: Path, text: str) -> None:
@@ -159,7 +175,7 @@ def overrides_part(
 def _is_path(key: str, cls: type) -> bool:
     if key in ("model", "data"):
         return cls.__dataclass_fields__[key].type is str  # evaluate.py's; train.py has groups there
-    return key in PATH_KEYS or bool(re.fullmatch(r"data\.sets\.[^.]+\.root", key))
+    return key in PATH_KEYS or bool(re.fullmatch(r"data\.sets\.[^.]+\.(root|texts)", key))
 
 
 def is_free(key: str) -> bool:

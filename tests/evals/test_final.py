@@ -5,7 +5,8 @@ from types import SimpleNamespace
 import pytest
 
 from conf.schema import TrainConfig
-from evals.final import _card, check_dev
+from evals.final import check_dev
+from evals.publish import card_of
 
 
 def test_evaluation_that_cannot_be_had_is_refused_before_training():
@@ -22,5 +23,5 @@ def test_a_model_card_names_no_folder_of_the_user():
     c = TrainConfig()
     c.model.base, c.data.root = "some/model", "/home/someone/secret/pairs.jsonl"
     numbers = ("steps", "train_s", "examples_per_s", "tokens_per_s", "peak_memory_mib")
-    card = _card(c, dict.fromkeys(numbers, 1), [384])
+    card = card_of(c, dict.fromkeys(numbers, 1), dims=[384])
     assert card["data"] == "pairs.jsonl (auto)" and "secret" not in str(card)

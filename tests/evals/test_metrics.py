@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import pytrec_eval
 
-from evals.metrics import NAMES, evaluate_hits, measure_of, names_up_to, run_lines
+from evals.metrics import NAMES, evaluate_hits, measure_of, names_up_to
+from evals.run_file import run_lines
 from evals.search import Hits, search
 
 TREC = {

@@ -1,6 +1,4 @@
-"""Tables, examples and figures say what the numbers say."""
-
-import json
+"""Tables and examples say what the numbers say."""
 
 import numpy as np
 import pytest
@@ -47,7 +45,7 @@ def test_gains_show_sign_and_interval():
 
 def test_metrics_table_leaves_out_metrics_that_nobody_has():
     table = report.metrics_table(
-        {"bm25": METRICS["bm25"]}, intervals={"bm25": [0.5, 0.7]}
+        {"bm25": METRICS["bm25"]}, intervals={"bm25": {"ndcg@10": [0.5, 0.7]}}
     ).splitlines()
     assert table[0].split() == "Accuracy@1 nDCG@10 [95% interval]".split()
     assert table[2].split() == "BM25 .410 .598 [.500, .700]".split()
@@ -83,72 +81,26 @@ def test_examples_show_queries_whose_first_hit_changed():
     assert report.examples_text({}, {}, DATA) == ""
 
 
-def test_sampled_scores_are_of_relevant_and_of_other_documents():
-    rng = np.random.default_rng(0)
-    q, p = rng.standard_normal((3, 8)), rng.standard_normal((3, 8))
-    scores = report.sample_scores(q, p, DATA, num_negatives=50)
-    assert scores["positive"].tolist() == pytest.approx([p[i] @ q[i] for i in range(3)])
-    others = {round(float(p[j] @ q[i]), 9) for i in range(3) for j in range(3) if i != j}
-    assert set(scores["negative"].round(9).tolist()) == others
-
-
-def rows_of_a_run() -> list[dict]:
-    rows = [{"step": s, "loss": 3 / s, "dev/mrr@10": 0.1} for s in range(1, 80)]
-    rows += [{"step": s, "dev/ndcg@10": 0.5, "dev/ndcg@10/64": 0.4} for s in (20, 40)]
-    return rows
-
-
-def figures(folder) -> list:
-    values = {
-        "bm25": {"": [0.5] * 9},
-        "base": {"384": [0.1, 0.4], "64": [0.2, 0.1]},
-        "tuned": {"64": [1]},
-    }
-    samples = {"base": {"positive": np.array([0.5, 0.7]), "negative": np.array([0.1])}}
-    return [
-        report.plot_training(rows_of_a_run(), folder / "a" / "training.png"),
-        report.plot_training([{"step": 1, "loss": None}], folder / "nothing.png"),
-        report.plot_dims(values, folder / "dims.png"),
-        report.plot_scores(samples, folder / "scores.png"),
-        report.plot_scores(
-            {"tuned": {"positive": np.zeros(0), "negative": np.zeros(0)}}, folder / "no.png"
-        ),
-    ]
-
-
-@pytest.mark.slow
-def test_figures_are_png_and_the_same_numbers_give_the_same_bytes(tmp_path):
-    """A report that is made again must not look changed to git; pyplot's state must not leak in."""
-    one, other = figures(tmp_path / "1"), figures(tmp_path / "2")
-    for a, b in zip(one, other, strict=True):
-        assert a.read_bytes().startswith(b"\x89PNG") and a.read_bytes() == b.read_bytes()
-    left = {p.name for p in (tmp_path / "1").rglob("*") if p.is_file()}
-    assert left == {"training.png", "nothing.png", "dims.png", "scores.png", "no.png"}
-
-
-def test_training_figure_draws_the_logged_points():
-    """Rows without a loss or a dev value must not shift the points of the others."""
-    figure = report.training_figure(rows_of_a_run(), metric="ndcg@10")
-    loss, dev = figure.axes
-    step, value = loss.lines[0].get_data()
-    assert list(step) == list(range(1, 80)) and value[4] == pytest.approx(0.6)
-    assert [line.get_label() for line in dev.lines] == ["full", "64"]
-    assert [list(line.get_ydata()) for line in dev.lines] == [[0.5, 0.5], [0.4, 0.4]]
-
-
-def test_metrics_file_with_a_torn_last_line_is_read(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1, "loss": 2.5}\n{"step": 2, "lo')
-    assert report.read_metrics(path) == [{"step": 1, "loss": 2.5}]
+def test_intervals_of_several_metrics_stand_beside_them():
+    """A reranker's table has three; a system without one keeps its column."""
+    systems = {"a": {"mrr": 0.5, "ndcg@10": 0.25}, "b": {"mrr": 1.0, "ndcg@10": 1.0}}
+    table = report.metrics_table(
+        systems, ("mrr", "map", "ndcg@10"), interval_of=("mrr", "ndcg@10"),
+        intervals={"a": {"mrr": [0.4, 0.6], "ndcg@10": [0.2, 0.3]}, "b": {"mrr": [0.9, 1.0]}},
+    ).splitlines()  # fmt: skip
+    assert table[0].split() == "MRR [95% interval] nDCG@10 [95% interval]".split()
+    assert table[2].split() == "a .500 [.400, .600] .250 [.200, .300]".split()
+    assert table[3].split() == "b 1.000 [.900, 1.000] 1.000".split()
 
 
 def test_report_holds_tables_examples_and_figures():
-    result = {"name": "run", "metrics": METRICS, "delta": {"384": {"ndcg@10": DELTA}}}
+    tables = report.retrieval_tables({"metrics": METRICS, "delta": {"384": {"ndcg@10": DELTA}}})
     text = report.report_markdown(
-        json.loads(json.dumps(result)), facts={"seed": 0}, tables={"Other set": "| x |"},
-        examples="Q: one?", figures={"curve": "figures/curve.png"},
+        "run", tables | {"Other set": "| x |"}, facts={"seed": 0}, examples="Q: one?",
+        figures={"curve": "figures/curve.png"},
     )  # fmt: skip
     for part in ("# run", "+.052 [+.000, +.105]", "## Other set", "Q: one?", "- seed: 0"):
         assert part in text
-    assert "![curve](figures/curve.png)" in text
-    assert report.report_markdown({"name": "n", "metrics": {}, "delta": {}}).startswith("# n")
+    assert "![curve](figures/curve.png)" in text and "## All metrics at 384 dimensions" in text
+    nothing = report.retrieval_tables({"metrics": {}, "delta": {}})
+    assert report.report_markdown("n", nothing).startswith("# n")

@@ -37,8 +37,11 @@ def save_tokenizer(folder: Path, *, roberta: bool = False) -> int:
     tokenizer.add_special_tokens(special)
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    second = f"{sep} $B" if roberta else f"$B:1 {sep}:1"
     tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{cls} $A {sep}", special_tokens=[(cls, vocab[cls]), (sep, vocab[sep])]
+        single=f"{cls} $A {sep}",
+        pair=f"{cls} $A {sep} {second}" + (f" {sep}" if roberta else ""),
+        special_tokens=[(cls, vocab[cls]), (sep, vocab[sep])],
     )
     tokenizer.enable_truncation(7)
     tokenizer.enable_padding(length=7, pad_id=vocab[pad], pad_token=pad)
@@ -47,6 +50,7 @@ def save_tokenizer(folder: Path, *, roberta: bool = False) -> int:
     names = {"pad_token": pad, "unk_token": unk, "cls_token": cls, "sep_token": sep}
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 48, **names}
     config["model_input_names"] = ["input_ids", "attention_mask"]
+    config["model_input_names"] += [] if roberta else ["token_type_ids"]
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     return len(vocab)
 
@@ -76,11 +80,17 @@ def save_model(
     head: str = "",
     num_layers: int = 3,
     seed: int = 0,
+    settings: dict | None = None,
     **save_options,
 ) -> Path:
-    """Folder of a random model of `kind` with its tokenizer; head="ForMaskedLM" saves one."""
+    """Folder of a random model of `kind` with its tokenizer; head="ForMaskedLM" saves one.
+
+    settings  more keys of config.json
+    """
     vocab_size = save_tokenizer(folder, roberta=kind in ("xlm-roberta", "mpnet"))
     config = hf_config(kind, vocab_size, num_layers)
+    for key, value in (settings or {}).items():
+        setattr(config, key, value)
     bare = {
         "bert": "Bert",
         "xlm-roberta": "XLMRoberta",

@@ -1,0 +1,150 @@
+"""What negatives are mined from: the distinct queries and passages of a data set.
+
+Two texts are the same where content_hash says so: an answer that stands in the data twice, under
+two ids, must not become a negative under the second.
+"""
+
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+
+from conf.schema import PrepareConfig, SourceConfig
+from data.beir import read_beir, read_corpus
+from data.formats import content_hash, detect, resolve_split
+from data.records import Example, RetrievalSet
+from data.rows import read_source
+
+
+class Texts:
+    """Distinct texts by number, in order of appearance; a text without an id gets one in the end.
+
+    number  of every given id, those of equal texts included
+    """
+
+    def __init__(self, letter: str) -> None:
+        self.texts: list[str] = []
+        self.number: dict[str, int] = {}
+        self._letter = letter
+        self._of: dict[int, int] = {}
+        self._given: list[str | None] = []
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def add(self, text: str, given: str | None = None) -> int:
+        """Number of the text. Raises ValueError for an id that stands for another text."""
+        number = self._of.setdefault(content_hash(text), len(self.texts))
+        if number == len(self.texts):
+            self.texts.append(text)
+            self._given.append(given)
+        elif self._given[number] is None:
+            self._given[number] = given
+        if given is not None and self.number.setdefault(given, number) != number:
+            first = self.texts[self.number[given]]
+            raise ValueError(
+                f"expected one text an id, found {given!r} with {text[:60]!r} and {first[:60]!r}"
+            )
+        return number
+
+    def find(self, text: str) -> int | None:
+        return self._of.get(content_hash(text))
+
+    @cached_property
+    def ids(self) -> list[str]:
+        """When all texts are there: the given ids, else <letter><number>."""
+        ids = []
+        for n, given in enumerate(self._given):
+            made = f"{self._letter}{n}"
+            while given is None and made in self.number:
+                made += "_"
+            ids.append(made if given is None else given)
+        return ids
+
+
+class Pool:
+    """Queries, passages, and by number of a query:
+
+    positives  passages that answer it, as any row with an equal query has them
+    grades     of these, 1 where the data gives none
+    own        negatives that the data gives it
+    """
+
+    def __init__(self) -> None:
+        self.queries, self.docs = Texts("q"), Texts("d")
+        self.positives: list[list[int]] = []
+        self.grades: list[list[float]] = []
+        self.own: list[list[int]] = []
+
+    def add(
+        self,
+        query: str,
+        query_id: str | None,
+        positives: Sequence[int],
+        negatives: Sequence[int] = (),
+        grades: Sequence[float] | None = None,
+    ) -> None:
+        """A row; passages by number."""
+        q = self.queries.add(query, query_id)
+        if q == len(self.positives):
+            for lists in (self.positives, self.grades, self.own):
+                lists.append([])
+        for doc, grade in zip(positives, grades or [1.0] * len(positives), strict=True):
+            if doc not in self.positives[q]:
+                self.positives[q].append(doc)
+                self.grades[q].append(grade)
+        self.own[q] += [doc for doc in dict.fromkeys(negatives) if doc not in self.own[q]]
+
+    def close(self) -> None:
+        """When all rows are there: an answer in one row is no negative by another."""
+        self.own = [
+            [doc for doc in own if doc not in positives]
+            for own, positives in zip(self.own, self.positives, strict=True)
+        ]
+
+    def as_set(self) -> RetrievalSet:
+        """For searchers; without judgements."""
+        docs, queries = self.docs, self.queries
+        return RetrievalSet("pool", docs.ids, docs.texts, queries.ids, queries.texts, {})
+
+
+def read_pool(c: PrepareConfig, source: Path) -> Pool:
+    """Every query of `source` that has a positive; the passages of `source` and of mine.corpus.
+
+    Raises ValueError for anything wrong with the data.
+    """
+    pool = Pool()
+    if detect(source) == "beir":
+        _read_beir(pool, source, c.split)
+    else:
+        _read_rows(pool, read_source(c, source))
+    if c.mine.corpus is not None:
+        for doc_id, text in read_corpus(c.mine.corpus):
+            pool.docs.add(text, doc_id)
+    if not pool.queries.texts:
+        raise ValueError(f"data={source}: no query of split {c.split!r} has a relevant passage")
+    pool.close()
+    return pool
+
+
+def _read_beir(pool: Pool, root: Path, split: str) -> None:
+    data = read_beir(root, str(resolve_split(SourceConfig(root=str(root)), split)))
+    for doc_id, text in zip(data.doc_ids, data.doc_texts, strict=True):
+        pool.docs.add(text, doc_id)
+    for query_id, query in zip(data.query_ids, data.query_texts, strict=True):
+        graded = [(d, float(grade)) for d, grade in data.qrels[query_id].items() if grade > 0]
+        if graded:
+            positives = [pool.docs.number[d] for d, _ in graded]
+            pool.add(query, query_id, positives, grades=[grade for _, grade in graded])
+
+
+def _read_rows(pool: Pool, examples: Iterable[Example]) -> None:
+    for e in examples:
+        positives, negatives = (
+            [pool.docs.add(text, i) for text, i in zip(texts, ids or nothing, strict=True)]
+            for texts, ids, nothing in (
+                (e.positives, e.positive_ids, [None] * len(e.positives)),
+                (e.negatives, e.negative_ids, [None] * len(e.negatives)),
+            )
+        )
+        query_id = None if e.id == e.where else e.id
+        pool.add(e.query, query_id, positives, negatives, e.positive_grades)

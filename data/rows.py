@@ -1,0 +1,156 @@
+"""What the stages of prepare.py hand to each other: rows read as examples, pairs of them, rows and
+reports written.
+"""
+
+import json
+import logging
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from conf.schema import PrepareConfig, SourceConfig
+from data.formats import available_splits, read_examples
+from data.records import BadRows, Example, hash_bytes
+from data.tables import open_table, sniff
+from runtime.run_dir import write_lines_atomic
+
+log = logging.getLogger(__name__)
+
+EXAMPLES_SHOWN = 10
+_OF_POSITIVES = ("positives", "positive_ids", "positive_scores", "positive_grades")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A query and one of its positives.
+
+    answers  texts of which one should be in the passage; None where the data gives none
+    row, place  number of the example, and of the positive in it
+    """
+
+    query: str
+    passage: str
+    answers: tuple[str, ...] | None = None
+    row: int = 0
+    place: int = 0
+
+
+def read_source(c: PrepareConfig, source: Path) -> list[Example]:
+    """The examples that a stage begins with: c.data, or the rows that an earlier stage wrote.
+
+    Raises ValueError for anything wrong with them, by the names of prepare.py's settings.
+    """
+    is_data = source == Path(c.data).expanduser()
+    spec = SourceConfig(root=str(source), columns=c.columns if is_data else {})
+    try:
+        return list(read_examples(spec, c.split if is_data and available_splits(spec) else None))
+    except ValueError as e:  # the readers name train.py's settings
+        message = str(e).replace("data.root", "data").replace("data.columns", "columns")
+        raise ValueError(message) from None
+
+
+def pairs_of(
+    examples: Sequence[Example], answers: Sequence[tuple[str, ...] | None] | None = None
+) -> list[Pair]:
+    """Every (query, positive), in the order of the rows."""
+    answers = answers or [None] * len(examples)
+    return [
+        Pair(e.query, passage, answers[row], row, place)
+        for row, e in enumerate(examples)
+        for place, passage in enumerate(e.positives)
+    ]
+
+
+def read_answers(examples: Sequence[Example], column: str) -> list[tuple[str, ...]]:
+    """The texts of a column of the files that the examples come from, one tuple an example.
+
+    A cell is a text or a list of them. Raises ValueError for data without the column.
+    """
+    paths = dict.fromkeys(e.where.rpartition(":")[0] for e in examples)
+    cells: dict[str, Any] = {}
+    for path in paths:
+        try:
+            kind = sniff(Path(path))
+            rows = open_table(Path(path), kind, BadRows("skip"), lambda _, names: names).rows(None)
+            cells |= {where: row[column] for where, row in rows if column in row}
+        except (OSError, ValueError):
+            pass  # qrels of a BEIR folder; said below
+    lacking = [e.where for e in examples if e.where not in cells]
+    if lacking:
+        raise ValueError(
+            f"filter.answer_column={column}: {len(lacking)} of {len(examples)} rows have no such"
+            f" column, first {lacking[0]}; want rows of a file (JSONL, TSV, CSV, Parquet) with it"
+        )
+    found = (cells[e.where] for e in examples)
+    return [tuple(map(str, x)) if isinstance(x, list) else (str(x),) for x in found]
+
+
+def row_of(example: Example) -> dict[str, Any]:
+    """The JSONL row of an example, as data.formats reads it."""
+    e = example
+    row: dict[str, Any] = {} if e.id == e.where else {"query_id": e.id}
+    row |= {"query": e.query, "positive": e.positives, "negative": e.negatives}
+    for name in (
+        "positive_ids", "negative_ids", "positive_scores", "negative_scores", "positive_grades",
+    ):  # fmt: skip
+        if getattr(e, name) is not None:
+            row[name] = getattr(e, name)
+    return row
+
+
+def write_rows(target: Path, rows: Iterable[dict[str, Any]]) -> int:
+    """JSONL, atomically; how many rows there were."""
+    return write_lines_atomic(target, (json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
+
+
+def keep_pairs(
+    examples: Sequence[Example], pairs: Sequence[Pair], is_kept: Sequence[bool]
+) -> list[Example]:
+    """The examples with those of their positives that are kept; without any an example is left
+    out."""
+    places: list[list[int]] = [[] for _ in examples]
+    for pair, stays in zip(pairs, is_kept, strict=True):
+        if stays:
+            places[pair.row].append(pair.place)
+    kept = []
+    for example, chosen in zip(examples, places, strict=True):
+        values = {name: getattr(example, name) for name in _OF_POSITIVES}
+        if chosen:
+            some = {name: v and [v[i] for i in chosen] for name, v in values.items()}
+            kept.append(replace(example, **some))
+    return kept
+
+
+def shown(pairs_and_reasons: Iterable[tuple[str, Pair, str]]) -> dict[str, list[str]]:
+    """Up to ten pairs of each kind as lines of a report, chosen by hash: not the file's first."""
+    by_kind: dict[str, list[tuple[int, str]]] = {}
+    for kind, pair, why in pairs_and_reasons:
+        line = f"{why}: {pair.query[:200]!r}: {pair.passage[:300]!r}"
+        by_kind.setdefault(kind, []).append((hash_bytes(line.encode("utf-8", "replace")), line))
+    return {k: [line for _, line in sorted(v)[:EXAMPLES_SHOWN]] for k, v in by_kind.items()}
+
+
+def report_of(
+    examples: Sequence[Example],
+    pairs: Sequence[Pair],
+    dropped: Sequence[tuple[str, str] | None],
+    num_rows: int,
+) -> dict[str, Any]:
+    """A stage's part of report.json: what was kept and dropped, with examples.
+
+    dropped  (by what, why) of each pair; None: kept
+    """
+    by = Counter(verdict[0] for verdict in dropped if verdict)
+    counts = {"pairs": len(pairs), "kept": len(pairs) - by.total()}
+    return {
+        "in": len(examples),
+        "out": num_rows,
+        "counts": counts | {f"dropped by {name}": n for name, n in by.items()},
+        "examples": shown(
+            (f"dropped by {verdict[0]}", pair, verdict[1])
+            for pair, verdict in zip(pairs, dropped, strict=True)
+            if verdict
+        ),
+    }

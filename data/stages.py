@@ -1,0 +1,69 @@
+"""Which stages of prepare.py are done, and what they report."""
+
+import json
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from conf.schema import PrepareConfig
+from data.cache import digest_of, path_digest
+from models.pretrained import resolve_base
+
+VERSION = 1  # raise it when the same input and settings would give another file
+SECTIONS = {"split": "parts"}  # of PrepareConfig, where it has not the stage's name
+MODEL_KEYS = ("model", "reranker", "base", "tokenizer")  # settings that may name a hub id
+
+
+def key_of(c: PrepareConfig, name: str, source: Path) -> str:
+    """Digest of all that a stage's output depends on: the content of its input, its settings, and
+    the content of the files and models that these name.
+
+    Raises ValueError for a model that is nowhere.
+    """
+    settings = settings_of(c, name)
+    named = {k: v for k, v in sorted(settings.items()) if isinstance(v, str) and v}
+    named |= {k: str(resolve_base(v)) for k, v in named.items() if k in MODEL_KEYS}
+    contents = {k: path_digest(v) for k, v in named.items()}
+    return digest_of(VERSION, name, path_digest(source), settings, contents)
+
+
+def settings_of(c: PrepareConfig, name: str) -> dict[str, Any]:
+    """The stage's own section, and what all stages share."""
+    section = getattr(c, SECTIONS.get(name, name), None)
+    shared = {key: getattr(c, key) for key in ("split", "columns", "seed", "precision")}
+    return shared | (asdict(section) if is_dataclass(section) else {})
+
+
+def output_digest(target: Path) -> str:
+    """Of what a stage leaves: <stage>.jsonl, and the folder <stage>/ where it has one."""
+    return digest_of(path_digest(target), path_digest(target.with_suffix("")))
+
+
+def finished_stages(out: Path) -> dict[str, Any]:
+    """Stage -> its part of report.json, where its output is as it left it.
+
+    Nothing where report.json is missing or damaged: every stage is then done again.
+    """
+    try:
+        parts = json.loads((out / "report.json").read_text(encoding="utf-8"))["stages"]
+        return {
+            name: part
+            for name, part in parts.items()
+            if part["key"] and part["output"] == output_digest(out / f"{name}.jsonl")
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def report_text(report: dict[str, Any]) -> str:
+    """report.md."""
+    lines = [f"# {report['data']}", "", "| stage | rows in | rows out | what |"]
+    lines += ["|---|--:|--:|---|"]
+    for name, part in report["stages"].items():
+        counts = "; ".join(f"{k} {v:,}" for k, v in part.get("counts", {}).items())
+        lines.append(f"| {name} | {part['in']:,} | {part['out']:,} | {counts} |")
+    for name, part in report["stages"].items():
+        for what, rows in part.get("examples", {}).items():
+            lines += ["", f"## {name}: {what}", ""]
+            lines += [f"- {row if isinstance(row, str) else json.dumps(row)}" for row in rows]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,100 @@
+"""The end of a run, whatever it trained: facts, card, report.md, result.json, the terminal."""
+
+import resource
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from conf.schema import TrainConfig
+from evals import report
+from runtime.run_dir import write_json_atomic, write_text_atomic
+from runtime.track import Tracker, read_rows
+
+
+def means_of(per_query: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """metric -> mean over queries; 0 where there is none."""
+    return {name: float(np.mean(x)) if len(x) else 0.0 for name, x in per_query.items()}
+
+
+def costs(run_dir: Path, totals: Mapping[str, float]) -> dict[str, Any]:
+    """What a run cost, for result.json: `totals` of the loop, replayed tokens, peak memory."""
+    rows = read_rows(run_dir / "metrics.jsonl")
+    replayed = [row["replayed_share"] for row in rows if "replayed_share" in row]
+    return {
+        **totals,
+        "padding_share": 0.0,
+        "replayed_share": float(np.mean(replayed)) if replayed else 0.0,
+        "peak_memory_mib": round(peak_memory_mib()),
+    }
+
+
+def peak_memory_mib() -> float:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (1024 * 1024 if sys.platform == "darwin" else 1024)
+
+
+def facts_of(c: TrainConfig, result: Mapping[str, Any]) -> dict[str, object]:
+    """What was run, for report.md: name -> value."""
+    unit = "groups" if c.task == "rerank" else "examples"
+    dims = "" if c.task == "rerank" else f", dims {c.loss.dims or 'full'}"
+    return {
+        "base": c.model.base,
+        "data": c.data.root or c.data.format if not c.data.sets else ", ".join(c.data.sets),
+        "steps": f"{result['steps']} of {c.optim.batch_size} {unit}",
+        "learning rate": f"{c.optim.lr:g}, {c.optim.schedule}, warmup {c.optim.warmup:g}",
+        "loss": f"{c.loss.kind}, temperature {c.loss.temperature:g}{dims}",
+        "training": f"{result['train_s']:.0f} s, {result['examples_per_s']:.1f} {unit}/s,"
+        f" {result['tokens_per_s']:.0f} tokens/s",
+        "peak memory": f"{result['peak_memory_mib']} MiB",
+        "seed": c.seed,
+    }
+
+
+def card_of(c: TrainConfig, result: Mapping[str, Any], **settings: Any) -> dict[str, Any]:
+    """What the export writes into the model card; `settings` beside the usual ones."""
+    facts = facts_of(c, result)
+    shown = {k: facts[k] for k in ("learning rate", "loss", "steps", "seed")}
+    return {
+        "name": c.name,
+        # a card is published: the name of a local file or folder, not its path
+        "data": f"{Path(str(facts['data'])).name} ({c.data.format})",
+        "settings": shown | settings,
+        "result": result,
+    }
+
+
+def publish(
+    c: TrainConfig,
+    run_dir: Path,
+    result: Mapping[str, Any],
+    track: Tracker,
+    *,
+    tables: Mapping[str, str],
+    shown: Mapping[str, str],
+    rows: tuple[Sequence[str], Sequence[Sequence[Any]]],
+    figures: Sequence[Path],
+    examples: str = "",
+) -> None:
+    """report.md, W&B, result.json (last of all the files), and the terminal.
+
+    tables  of report.md: title -> Markdown
+    shown   on the terminal: title -> text
+    rows    (column names, rows) of W&B's table
+    """
+    captions = {f.stem.replace("_", " "): f"figures/{f.name}" for f in figures}
+    text = report.report_markdown(
+        c.name, tables, facts=facts_of(c, result), examples=examples, figures=captions
+    )
+    write_text_atomic(run_dir / "report.md", text)
+    track.finish(result, figures, rows)
+    write_json_atomic(run_dir / "result.json", result)
+    out = sys.stdout
+    for title, table in shown.items():
+        out.write(f"\n{title}\n{table}\n")
+    if examples:
+        out.write(f"\n{examples}\n")
+    out.write(f"\nreport   {run_dir / 'report.md'}\nfigures  {run_dir / 'figures'}\n")
+    out.write(f"model    {run_dir / 'export'}\n")
