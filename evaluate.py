@@ -40,8 +40,9 @@ def run(c: "EvaluateConfig", out: Path | None = None) -> dict[str, Any]:
     inputs = inputs_of(c)
     if out is not None:
         check_out(out, inputs)
-    reranks = is_reranking(c)
-    found, hits = rerank(c) if reranks else retrieve(c)
+    with own_names():
+        reranks = is_reranking(c)
+        found, hits = rerank(c) if reranks else retrieve(c)
     result = inputs | found
     print(rerank_tables(result) if reranks else tables(result, c))
     if out is not None:
@@ -67,8 +68,7 @@ def retrieve(c: "EvaluateConfig") -> tuple[dict[str, Any], "dict[str, Hits]"]:
     from evals.eval_file import is_eval, read_eval
     from evals.metrics import names_up_to
 
-    with said_of_evaluate():
-        data = read_retrieval_set(SourceConfig(root=c.data, columns=c.columns), c.split)
+    data = read_retrieval_set(SourceConfig(root=c.data, columns=c.columns), c.split)
     names = names_up_to(c.top_k)
     other = read_eval(Path(c.against), data) if c.against and is_eval(Path(c.against)) else None
     system = evaluate_model(c.model, data, c, names)
@@ -162,7 +162,7 @@ def rerank(c: "EvaluateConfig") -> tuple[dict[str, Any], "dict[str, Hits]"]:
     hits: dict[str, Hits] = {}
     time: dict[str, dict] = {}
     for model, label in label_of.items():
-        if kind_of(model) == "eval":
+        if model != c.model and kind_of(model) == "eval":
             metrics[label] = next(iter(read_eval(Path(model), data).metrics.values()))
             continue
         if first is not None and model == c.first_stage:
@@ -194,9 +194,8 @@ def read_candidates(c: "EvaluateConfig") -> "RerankSet":
     from conf.schema import SourceConfig
     from data.formats import read_rerank_set
 
-    with said_of_evaluate():
-        source = SourceConfig(root=c.data, texts=c.texts, columns=c.columns)
-        data = read_rerank_set(source, c.split)
+    source = SourceConfig(root=c.data, texts=c.texts, columns=c.columns)
+    data = read_rerank_set(source, c.split)
     if c.first_stage in (None, "data") and data.candidates is None:
         raise ValueError(
             f"{c.model} puts candidates in order, and data={c.data} brings none; add"
@@ -250,16 +249,15 @@ def numbers(
 
 
 @contextmanager
-def said_of_evaluate() -> Iterator[None]:
-    """Readers name train.py's settings in their errors; here they have other names."""
+def own_names() -> Iterator[None]:
+    """Errors name train.py's settings; those that evaluate.py has too have other names here."""
+    names = {"data.root": "data", "data.texts": "texts", "data.columns": "columns"}
+    names["model.base"] = "model"
     try:
         yield
     except ValueError as e:
-        raise ValueError(re.sub(r"\bdata\.(root|texts|columns)\b", _own_name, str(e))) from e
-
-
-def _own_name(match: re.Match) -> str:
-    return "data" if match[1] == "root" else match[1]
+        message = re.sub("|".join(map(re.escape, names)), lambda m: names[m[0]], str(e))
+        raise ValueError(message) from e
 
 
 def sizes(result: Mapping[str, Any]) -> str:
@@ -276,7 +274,7 @@ def rerank_tables(result: Mapping[str, Any]) -> str:
     is_whole = result["first_stage"] in (None, "data")
     by = "of the data" if is_whole else f"by {reference}, the first {result['rerank_k']} reranked"
     names = RERANK_NAMES if is_whole else report.SHOWN_METRICS
-    compared = RERANK_NAMES if is_whole else COMPARED
+    compared = report.RERANK_COMPARED if is_whole else COMPARED
     parts = [
         f"\n{result['data']} ({result['split']}): {sizes(result)}\n{of['mean']:.1f} candidates a"
         f" query {by}; an answer is among them for {of['with_answer']:.1%} of the queries\n",
@@ -290,7 +288,7 @@ def rerank_tables(result: Mapping[str, Any]) -> str:
             "",
             report.against_table(
                 result["delta"], dict.fromkeys(metrics, metrics[reference]), metrics, compared,
-                before_name=reference, after_name="this",
+                before_name=report.label_of(reference), after_name="this",
             ),
         ]  # fmt: skip
     for label, taken in result["time"].items():

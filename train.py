@@ -63,7 +63,7 @@ def train(c: TrainConfig, run_dir: Path) -> None:
         judge.check_dev(c, data)
         check_backend(c, device)
         guide = guide_of(c, data, device)
-        loss_fn = build_loss(c.loss, seed=c.seed, precision=precision).to(device)
+        loss_fn = build_loss(c.loss, seed=c.seed, task=c.task, precision=precision).to(device)
         optimizer = build_optimizer(model, loss_fn, c.optim)
     # before a single step; a resumed run reads what it was
     base = ranks.on_main(judge.evaluate_base, *judged, run_dir, precision=precision)
@@ -142,9 +142,9 @@ def open_task(
         data = open_groups(c.data, model.spec, model.tokenizer, seed=c.seed)
         return model, data, final_rerank, (model, data)
     model = build_model(c.model, dims=c.loss.dims).to(device)
-    data = open_data(
-        c.data, model.spec, model.tokenizer_query, model.tokenizer_passage, seed=c.seed
-    )
+    tokenizers = model.tokenizer_query, model.tokenizer_passage
+    scores = c.loss.learns_scores
+    data = open_data(c.data, model.spec, *tokenizers, seed=c.seed, with_scores=scores)
     dims = sorted(c.dims or c.loss.dims or [model.width], reverse=True)
     return model, data, final, (model, data, dims)
 

@@ -16,8 +16,9 @@ Shapes: B queries, N candidate passages (the first B answer them, in order), D e
 """
 
 import argparse
+import json
 import statistics
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -43,7 +44,7 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
         "--ours", choices=(OURS, *PATHS), default=OURS, help="rook: as a training step calls it"
     )
     parser.add_argument(
-        "--peer", nargs="+", choices=others, metavar="SIDE",
+        "--peer", nargs="+", choices=tuple(SIDES), metavar="SIDE",
         help=f"of {', '.join(others)}; default: all others, on a CPU none of our own paths",
     )  # fmt: skip
     parser.add_argument("--size", nargs="+", default=SIZES, metavar="BxNxD", help="N >= B")
@@ -86,7 +87,8 @@ def cases_of(args: argparse.Namespace) -> Iterator[Case]:
                 for listed in args.dims:
                     B, N, D = map(int, size.split("x"))
                     dims = () if listed == "-" else tuple(int(d) for d in listed.split(","))
-                    for cosine in [cosine_for(x, N, D) for x in args.at_loss or ()] or [args.cosine]:
+                    at_loss = [cosine_for(x, N, D) for x in args.at_loss or ()]
+                    for cosine in at_loss or [args.cosine]:
                         yield Case(kind, precision, B, N, D, dims, cosine)
 
 
@@ -94,15 +96,16 @@ def compare(args: argparse.Namespace) -> None:
     from runtime.device import pick_device
 
     device = pick_device(args.device).type
-    by_turns = args.way == "turns" or (args.way == "auto" and device == "cpu")
-    args.peer = [p for p in args.peer or [*([] if by_turns else PATHS), *PEERS] if p != args.ours]
-    rows = []
-    if by_turns:
-        for case in cases_of(args):
-            rows += by_turns_in(args, case, device)
+    if args.way == "turns" or (args.way == "auto" and device == "cpu"):
+        args.peer = [p for p in args.peer or PEERS if p != args.ours]
+        rows = [row for case in cases_of(args) for row in by_turns_in(args, case, device)]
     else:
-        rows = in_cells(args, list(cases_of(args)), device)
-    write(rows, args)
+        rows = in_cells([args], device, limit_s=args.limit_s)
+    print(table(rows))
+    if args.json:
+        Path(args.json).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    if args.csv:
+        save(rows, args.out)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -212,27 +215,33 @@ def work_memory(args: argparse.Namespace) -> dict:
 # in cells
 
 
-def in_cells(args: argparse.Namespace, cases: list[Case], device: str) -> list[dict]:
-    """A row for each case and peer; ours is measured once a case."""
+def in_cells(
+    requests: list[argparse.Namespace],
+    device: str,
+    *,
+    limit_s: float,
+    say: Callable[[str], None] = print,
+) -> list[dict]:
+    """A row for each case and peer of each request; ours is measured once a case."""
 
     def report(cell: Cell, found: dict) -> None:
         outcome = f"{found['ms']:g} ms" if "ms" in found else found["note"]
-        print(f"{cell.case.name} {cell.case.precision} {cell.side}: {outcome}", flush=True)
+        say(f"{cell.case.name} {cell.case.precision} {cell.side}: {outcome}")
 
-    cells = [Cell(case, side) for case in cases for side in (args.ours, *args.peer)]
-    cells = [c for c in cells if c.case.kind in SIDES[c.side].kinds]
-    found = run_cells(
-        cells, device=device, limit_s=args.limit_s, cell_limit_s=args.cell_limit_s, report=report
-    )
-    by_case: dict[Case, dict[str, dict]] = {case: {} for case in cases}
-    for cell, result in zip(cells, found, strict=True):
-        by_case[cell.case][cell.side] = result
+    groups = []
+    for args in requests:
+        for case in cases_of(args):
+            peers = [p for p in args.peer or [*PATHS, *PEERS] if p != args.ours]
+            groups.append((case, args.ours, [p for p in peers if case.kind in SIDES[p].kinds]))
+    cells = [Cell(case, side) for case, ours, peers in groups for side in (ours, *peers)]
+    limits = {"limit_s": limit_s, "cell_limit_s": max(args.cell_limit_s for args in requests)}
+    found = iter(run_cells(cells, device=device, report=report, **limits))
     rows = []
-    for case, results in by_case.items():
-        ours = results.pop(args.ours, {"note": "has no such loss"})
-        rows += [
-            paired(case, args.ours, ours, peer, found) for peer, found in results.items()
-        ] or [paired(case, args.ours, ours, "", {})]
+    for case, ours, peers in groups:
+        of_ours = next(found)
+        rows += [paired(case, ours, of_ours, peer, next(found)) for peer in peers]
+        if not peers:
+            rows.append(paired(case, ours, of_ours, "", {}))
     return rows
 
 
@@ -291,19 +300,14 @@ def table(rows: list[dict], shown: dict[str, str] = SHOWN) -> str:
     )
 
 
-def write(rows: list[dict], args: argparse.Namespace) -> None:
-    import json
-
+def save(rows: list[dict], folder: str | Path | None) -> None:
+    """Append what was measured to infonce.csv of a folder (None: benchmarks/data)."""
     from benchmarks.turns import DATA, append_csv, provenance
 
-    print(table(rows))
-    if args.json:
-        Path(args.json).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-    if args.csv:
-        folder = Path(args.out or DATA)
-        folder.mkdir(parents=True, exist_ok=True)
-        measured = [r for r in rows if r["ms"] != "" or r.get("peer_ms", "") != ""]
-        append_csv(folder / "infonce.csv", [r | provenance() for r in measured])
+    folder = Path(folder or DATA)
+    folder.mkdir(parents=True, exist_ok=True)
+    measured = [r for r in rows if r["ms"] != "" or r["peer_ms"] != ""]
+    append_csv(folder / "infonce.csv", [r | provenance() for r in measured])
 
 
 if __name__ == "__main__":

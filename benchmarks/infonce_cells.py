@@ -1,7 +1,7 @@
 """Measurements of one side in one case each, in a process that a bad one cannot take along.
 
 A kernel that reads out of bounds leaves a CUDA context in which nothing runs any more, and one that
-hangs cannot be stopped from inside. So a worker works through a list of cells and reports each; when
+hangs cannot be stopped from inside. So a worker goes through a list of cells and reports each; when
 it dies or a cell overruns its time, the cell gets a row that says so, and a new worker takes the
 rest. Time is asked of CUDA events around each call, the L2 cache swept before it.
 """
@@ -28,7 +28,7 @@ from benchmarks.turns import PeakMemory, clock, device_name, release_freed_memor
 CELL_LIMIT_S = 40.0  # compiling included
 _SAMPLE = 1024  # rows whose gradients are compared with float64, where there are more
 _L2_BYTES = 2**28  # several times any L2 cache
-_TIMED_S, _MIN_CALLS, _MAX_CALLS = 0.6, 5, 50
+_TIMED_S, _MOST_CALLS = 0.6, 50
 _NOT_RUN = "not run: no time left"
 
 
@@ -201,7 +201,8 @@ class Bench:
             once_s = clock() - began
         grown_mib = memory.in_use_mib
         result |= {"peak_mib": round(grown_mib, 1), "beyond_mib": round(grown_mib - held_mib, 1)}
-        calls = min(_MAX_CALLS, max(_MIN_CALLS, round(_TIMED_S / once_s)))
+        fewest = 5 if once_s < 0.5 else 3 if once_s < 2 else 1
+        calls = min(_MOST_CALLS, max(fewest, round(_TIMED_S / once_s)))
         times = sorted(self._times(call, calls))
         for key, share in (("ms", 0.5), ("p20_ms", 0.2), ("p80_ms", 0.8)):
             result[key] = float(f"{times[int(share * (calls - 1) + 0.5)]:.4g}")
@@ -211,9 +212,7 @@ class Bench:
     def _take(self, case: Case, checked: bool) -> None:
         if case != self._case:
             self.q_BD = self.p_ND = self._truth = None
-            q_BD, p_ND = embeddings(
-                case.B, case.N, case.D, cosine=case.cosine, device=self.device
-            )
+            q_BD, p_ND = embeddings(case.B, case.N, case.D, cosine=case.cosine, device=self.device)
             self.q_BD, self.p_ND = (x.to(DTYPES[case.precision]) for x in (q_BD, p_ND))
             self._case = case
         if checked and self._truth is None:

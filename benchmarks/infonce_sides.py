@@ -58,7 +58,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Side:
-    """One way to compute, and what it serves; `fits` answers why it does not serve a case, or ""."""
+    """One way to compute, and what it serves; `fits` answers why it does not serve a case."""
 
     compute: Callable[[Tensor, Tensor, Sequence[int], str], Gradients]
     kinds: tuple[str, ...] = KINDS

@@ -141,10 +141,9 @@ class _Scores:
         return (g_rc - is_own_rc.double()) / self.B
 
     def gradient_of_queries(self, row_r: Tensor) -> Tensor:
-        all_N = torch.arange(len(self.p_Nd), device=row_r.device)
-        parts = [
-            self._gradient(row_r[at], all_N) @ self.p_Nd for at in self._blocks(len(row_r), len(all_N))
-        ]
+        N = len(self.p_Nd)
+        all_N = torch.arange(N, device=row_r.device)
+        parts = [self._gradient(row_r[at], all_N) @ self.p_Nd for at in self._blocks(len(row_r), N)]
         norm_B1 = self.q_norm_B1
         return self._through_norm(
             torch.cat(parts), self.q_Bd[row_r], None if norm_B1 is None else norm_B1[row_r]

@@ -96,6 +96,7 @@ class ModelConfig:
 
 
 CONTRASTIVE_LOSSES = ("infonce", "sigmoid")
+SCORE_LOSSES = ("margin_mse", "kl")  # of a reranker, or of a retriever that learns its scores
 RERANK_LOSSES = (
     "bce", "softmax", "listmle", "ranknet", "lambdarank", "lambdaloss", "margin_mse", "kl",
     "cross_entropy",
@@ -106,7 +107,8 @@ RERANK_LOSSES = (
 class LossConfig:
     """A contrastive loss (losses/infonce.py has the equations), or, for task=rerank, one of
     losses/rerank.py: its keys are temperature (divides the logits), positive_weight and
-    teacher_temperature.
+    teacher_temperature. Two of those, margin_mse and kl, also teach a retriever a reranker's scores
+    (losses/distill.py).
 
     A pair's contrastive loss is softplus(log sum exp(z of negatives) - z of the positive), with z =
     cosine / temperature. The keys below the temperature say which negatives, and what else is
@@ -147,6 +149,10 @@ class LossConfig:
     @property
     def query_negatives(self) -> bool:
         return "query_query" in self.negatives
+
+    @property
+    def learns_scores(self) -> bool:
+        return self.kind in SCORE_LOSSES
 
     def __post_init__(self) -> None:
         _one_of("loss.kind", self.kind, CONTRASTIVE_LOSSES + RERANK_LOSSES)
@@ -258,8 +264,10 @@ class LossConfig:
         self._refuse(_SOFTMAX_KEYS, "loss.kind=infonce; the sigmoid loss looks at each cell alone")
 
     def _check_rerank(self) -> None:
-        contrastive = (*_SOFTMAX_KEYS, "dims", "dim_weights", "dims_per_step", "learn_temperature")
-        self._refuse(contrastive, f"a contrastive loss, not to loss.kind={self.kind}")
+        keys = (*_SOFTMAX_KEYS, "learn_temperature")
+        if self.kind not in SCORE_LOSSES:
+            keys += ("dims", "dim_weights", "dims_per_step")
+        self._refuse(keys, f"a contrastive loss, not to loss.kind={self.kind}")
         _require(
             self.positive_weight > 0, f"loss.positive_weight ({self.positive_weight}) must be > 0"
         )
@@ -487,11 +495,16 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _one_of("task", self.task, ("retrieval", "rerank"))
-        fitting = RERANK_LOSSES if self.task == "rerank" else CONTRASTIVE_LOSSES
+        is_rerank = self.task == "rerank"
+        fitting = RERANK_LOSSES if is_rerank else CONTRASTIVE_LOSSES + SCORE_LOSSES
         _require(
             self.loss.kind in fitting,
             f"loss.kind={self.loss.kind} does not fit task={self.task}; use one of"
             f" {', '.join(fitting)}",
+        )
+        _require(
+            not (is_rerank and self.loss.dims),
+            f"loss.dims ({self.loss.dims}) are a retriever's; a reranker has none",
         )
         _require(
             (self.model.num_labels > 1) == (self.loss.kind == "cross_entropy"),

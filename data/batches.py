@@ -9,7 +9,7 @@ ranks.
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,23 @@ from data.tokens import TokenStore
 # streams of random numbers drawn from one seed
 _ORDER, _SCHEDULE, _NEGATIVES = 0, 1, 2
 _BLOCK_PAIRS = 1 << 22  # pairs of related queries looked at together: 100 MiB
+
+
+@dataclass(frozen=True)
+class ScoredPairs:
+    """Each query of a rank with its own positives and negatives, group by group, and a teacher's
+    scores, for losses that learn from them.
+
+    query_P    row of query_tokens, ascending: the number of the group
+    passage_P  column of its passage over all ranks
+    label_P    grade, float32; 0: not relevant
+    score_P    float32, NaN where the data has none
+    """
+
+    query_P: np.ndarray
+    passage_P: np.ndarray
+    label_P: np.ndarray
+    score_P: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -45,6 +62,8 @@ class Batch:
     query_numbers_A, passage_numbers_N   of all ranks' queries and passages in the TrainStore, for
                                   what is known of them beforehand (data/teacher.py), int64; None in
                                   a batch that no store made
+    scored                        every query's own passages with a teacher's scores; None: not
+                                  asked for
     """
 
     query_tokens: list[np.ndarray]
@@ -65,6 +84,7 @@ class Batch:
     query_relatives_BK: np.ndarray | None = None
     query_numbers_A: np.ndarray | None = None
     passage_numbers_N: np.ndarray | None = None
+    scored: ScoredPairs | None = None
 
     def __post_init__(self) -> None:
         if self.num_queries_global is None:
@@ -215,6 +235,7 @@ class TrainStore:
             seed=c.seed,
             max_negatives=c.data.max_negatives,
             query_relatives=c.loss.query_negatives,
+            with_scores=c.loss.learns_scores,
             steps=total_steps,
             rank=rank,
             world=world,
@@ -243,6 +264,16 @@ class TrainStore:
         for numbers in passages:
             is_passage[self._passage_twin[numbers]] = True
         return np.flatnonzero(is_query), np.flatnonzero(is_passage)
+
+    @cached_property
+    def group_values(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(grades of positives, scores of positives, scores of negatives) of all sets, float32; for
+        sets that were read as groups."""
+        names = ("positive_grades", "positive_scores", "negative_scores")
+        grades, positive, negative = (
+            np.concatenate([getattr(s, name) for s in self.sets]) for name in names
+        )
+        return grades, positive, negative
 
     def label(self, example: int) -> str:
         part = int(np.searchsorted(self._example_base, example, side="right")) - 1
@@ -343,6 +374,7 @@ class Batches:
     batch_size       examples a step, over all ranks
     max_negatives    own negatives an example and step, drawn anew each epoch; None: all
     query_relatives  whether batches say which queries are no negatives of each other
+    with_scores      whether batches hold every query's own passages with a teacher's scores
     steps            where iteration ends; None: never
     """
 
@@ -354,6 +386,7 @@ class Batches:
         seed: int,
         max_negatives: int | None = None,
         query_relatives: bool = False,
+        with_scores: bool = False,
         steps: int | None = None,
         rank: int = 0,
         world: int = 1,
@@ -361,7 +394,7 @@ class Batches:
         if not 0 <= rank < world:
             raise ValueError(f"rank ({rank}) must be in [0, world), world is {world}")
         self.store, self.seed, self.max_negatives = store, seed, max_negatives
-        self.query_relatives = query_relatives
+        self.query_relatives, self.with_scores = query_relatives, with_scores
         self.steps, self.rank, self.world = steps, rank, world
         self.plan = _Plan.of(store, batch_size, seed=seed)
 
@@ -380,7 +413,11 @@ class Batches:
     def batch_at(self, step: int) -> Batch:
         store = self.store
         example_E = self.plan.examples(step)
-        query_E, positive_P, owner_P, negative_M = self._texts(step, example_E)
+        query_E = store._query_twin[store._query_E[example_E]]
+        at_P, owner_P = store._positives.places(example_E)
+        at_M, owner_M = self.negatives(step, example_E)
+        positive_P = store._passage_twin[store._positives.values[at_P]]
+        negative_M = store._passage_twin[store._negatives.values[at_M]]
         # distinct texts in order of first use; every rank finds the same, then takes its own
         # stretch
         query_A, row_E = _first_use(query_E)
@@ -392,6 +429,10 @@ class Batches:
         mine_P = (row_P >= low_b) & (row_P < high_b)
         mine_E = (row_E >= low_b) & (row_E < high_b)
         weight_P = (1.0 / np.bincount(owner_P, minlength=len(example_E)))[owner_P]
+        scored = None
+        if self.with_scores:
+            row = np.concatenate([row_P, row_E[owner_M]])
+            scored = self._scored(row, index, at_P, at_M, low_b, high_b)
         query_tokens, query_skip_B = store.query_tokens(query_A[low_b:high_b])
         passage_tokens, passage_skip_N = store.passage_tokens(column_N[low_n:high_n])
         return Batch(
@@ -415,16 +456,27 @@ class Batches:
             ),
             query_numbers_A=query_A,
             passage_numbers_N=column_N,
+            scored=scored,
         )
 
-    def _texts(
-        self, step: int, example_E: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    def _scored(
+        self,
+        row: np.ndarray,
+        column: np.ndarray,
+        at_P: np.ndarray,
+        at_M: np.ndarray,
+        low: int,
+        high: int,
+    ) -> ScoredPairs:
+        """This rank's pairs; row and column are of all positives, then of all negatives, and at_P
+        and at_M where those stand in the store."""
         store = self.store
-        query_E = store._query_twin[store._query_E[example_E]]
-        positive_P, owner_P = store._positives.take(example_E)
-        negative_M = store._negatives.values[self.negatives(step, example_E)[0]]
-        return query_E, store._passage_twin[positive_P], owner_P, store._passage_twin[negative_M]
+        grades, of_positives, of_negatives = store.group_values
+        label = np.concatenate([grades[at_P], np.zeros(len(at_M), np.float32)])
+        score = np.concatenate([of_positives[at_P], of_negatives[at_M]])
+        mine = np.flatnonzero((row >= low) & (row < high))
+        mine = mine[np.argsort(row[mine], kind="stable")]
+        return ScoredPairs(row[mine] - low, column[mine], label[mine], score[mine])
 
     def negatives(self, step: int, example_E: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(place among the store's negatives, which of example_E it belongs to) of those drawn."""

@@ -107,16 +107,19 @@ def open_data(
     *,
     seed: int = 0,
     vocab_size: int | None = None,
+    with_scores: bool = False,
 ) -> Data:
     """Read and tokenise the data of `c`, or open what an earlier run left for the same content.
 
-    spec        prompts and maximum lengths of the model
-    tokenizers  with truncation and padding off
-    seed        of the choice of data.max_examples
-    vocab_size  rows of the model's embedding table; None: not checked
-    Raises ValueError for anything wrong with the data or its settings.
+    spec         prompts and maximum lengths of the model
+    tokenizers   with truncation and padding off
+    seed         of the choice of data.max_examples
+    vocab_size   rows of the model's embedding table; None: not checked
+    with_scores  keep a teacher's scores of each query's own passages; rows of one query are joined
+    Raises ValueError for anything wrong with the data or its settings, and where scores are wanted
+    but there are none.
     """
-    found = read_sets(c)
+    found = read_sets(c, groups=with_scores)
     tokenizers = tokenizer_query, tokenizer_passage
     lengths = [
         length if c.max_train_length is None else min(length, c.max_train_length)
@@ -129,7 +132,27 @@ def open_data(
         train_sets.append(train_set(one, stores, prompts, prompt_in_pooling=spec.prompt_in_pooling))
     kept = kept_examples([len(s.query_E) for s in train_sets], c.max_examples, seed)
     store = TrainStore(train_sets, c.mix, c.mix_temperature, kept)
+    if with_scores:
+        check_scores(store)
     return Data(store, found.dev, found.test, found.prompts, found.report_of(store))
+
+
+def check_scores(store: TrainStore) -> None:
+    """Raise ValueError where a retriever cannot learn a teacher's scores from these examples."""
+    _, *scores = store.group_values
+    if not any(np.isfinite(s).any() for s in scores):
+        raise ValueError(
+            "loss.kind=margin_mse and kl learn a teacher's scores, but no row has positive_scores"
+            " and negative_scores; python prepare.py 'stages=[mine]' mine.reranker=<reranker> writes"
+            " them"
+        )
+    for one in store.sets:
+        alone = int((np.diff(one.positives.offsets) == 0).sum())
+        if alone:
+            raise ValueError(
+                f"{one.name or 'data'}: {alone} queries have no positive; a retriever needs one for"
+                " each (task=rerank trains on such groups too)"
+            )
 
 
 @dataclass

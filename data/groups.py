@@ -73,9 +73,7 @@ class GroupStore(TrainStore):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.positive_grades = np.concatenate([s.positive_grades for s in self.sets])
-        self.positive_scores = np.concatenate([s.positive_scores for s in self.sets])
-        self.negative_scores = np.concatenate([s.negative_scores for s in self.sets])
+        self.positive_grades, self.positive_scores, self.negative_scores = self.group_values
         self._leave_out_answers()
         scores = (self.positive_scores, self.negative_scores)
         self.has_scores = any(bool(np.isfinite(s).any()) for s in scores)

@@ -113,10 +113,13 @@ def read_pool(c: PrepareConfig, source: Path) -> Pool:
     Raises ValueError for anything wrong with the data.
     """
     pool = Pool()
-    if detect(source) == "beir":
-        _read_beir(pool, source, c.split)
-    else:
-        _read_rows(pool, read_source(c, source))
+    try:
+        if detect(source) == "beir":
+            _read_beir(pool, source, c.split)
+        else:
+            _read_rows(pool, read_source(c, source))
+    except ValueError as error:  # the readers name train.py's setting
+        raise ValueError(str(error).replace("data.root", "data")) from error
     if c.mine.corpus is not None:
         for doc_id, text in read_corpus(c.mine.corpus):
             pool.docs.add(text, doc_id)

@@ -32,9 +32,7 @@ def fit_temperature(logit_P: np.ndarray, label_P: np.ndarray) -> float:
 
     bounds = (-np.log(MAX_TEMPERATURE), -np.log(MIN_TEMPERATURE))
     found = minimize_scalar(loss, bounds=bounds, method="bounded", options={"xatol": 1e-6})
-    # the bounded search ends a little before a bound
-    best = min([float(found.x), *bounds], key=loss)
-    return float(np.exp(-best))
+    return float(np.exp(-found.x))
 
 
 def calibration_error(logit_P: np.ndarray, label_P: np.ndarray, temperature: float = 1.0) -> float:

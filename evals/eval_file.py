@@ -61,10 +61,13 @@ def read_eval(path: Path, data: RetrievalSet) -> System:
         own = [label for label in per_query["values"] if (label == "bm25") == (model == "bm25")]
         if "systems" in content:  # several models side by side
             own = [label for label, name in content["systems"].items() if name == model]
+        place = {query_id: at for at, query_id in enumerate(per_query["query_ids"])}
+        query_ids = [query_id for query_id in data.query_ids if query_id in place]
+        order = [place[query_id] for query_id in query_ids]  # the files may list them otherwise
         metrics = {
             label: Metrics(
-                per_query["query_ids"],
-                {name: np.array(values) for name, values in per_query["values"][label].items()},
+                query_ids,
+                {name: np.array(x)[order] for name, x in per_query["values"][label].items()},
                 content["num_unjudged"],
             )
             for label in own

@@ -190,11 +190,7 @@ def plot_scores(
     """
     figure, axes = _figure(6.8, 1.6 + 1.9 * len(samples), nrows=len(samples), sharex=True)
     every = np.concatenate([np.ravel(x) for of in samples.values() for x in of.values()])
-    edges = (
-        np.linspace(every.min(initial=0.0), every.max(initial=1.0), 61)
-        if len(every)
-        else np.linspace(0, 1, 61)
-    )
+    edges = np.histogram_bin_edges(every, 60)
     for (system, of), axis in zip(samples.items(), axes[:, 0], strict=True):
         for kind, colour in (("negative", _COLOURS["base"]), ("positive", _COLOURS["tuned"])):
             x = np.asarray(of[kind])

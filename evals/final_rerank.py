@@ -152,6 +152,12 @@ def write_result(
         table, against = report.rerank_tables(*args, markdown=True)
         tables |= {f"{name}: {of['size']}": table, f"{name}: tuned against the others": against}
         shown[f"{name}: {of['size']}"] = "\n\n".join(report.rerank_tables(*args))
+    if fitted := result["calibration"]:
+        tables["Calibration"] = (
+            f"sigmoid(logit / {fitted['temperature']:.3g}), fitted on {fitted['pairs']:,} dev pairs"
+            " and folded into the last layer of export/: expected calibration error"
+            f" {fitted['ece_before']:.3f} before, {fitted['ece_after']:.3f} after."
+        )
     rows = [[s, m, value] for s, of in result["metrics"].items() for m, value in of.items()]
     publish(
         c, run_dir, result, track, tables=tables, shown=shown, examples=examples,

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from conf.schema import RERANK_LOSSES, LossConfig
+from losses.distill import ScoreDistillation
 from losses.infonce import InfoNCE
 from losses.rerank import RerankLoss
 from losses.sigmoid import Sigmoid
@@ -16,16 +17,19 @@ KINDS = {"infonce": InfoNCE, "sigmoid": Sigmoid}
 BACKENDS = {"triton": "Triton kernels", "dense": "one matrix in torch"}
 
 
-def build_loss(c: LossConfig, seed: int = 0, *, precision: str = "fp32") -> nn.Module:
+def build_loss(
+    c: LossConfig, seed: int = 0, *, task: str = "retrieval", precision: str = "fp32"
+) -> nn.Module:
     """The loss module.
 
+    task       retrieval | rerank: kl and margin_mse are losses of both
     seed       draws the dims of a step where loss.dims_per_step asks for it
     precision  fp32 | bf16: with bf16 the kernels multiply embeddings rounded to bfloat16; torch
                computes in float32 whatever it is
     """
     if c.kind in RERANK_LOSSES:
         log.info("loss: %s, temperature %g", c.kind, c.temperature)
-        return RerankLoss(c, seed, precision)
+        return ScoreDistillation(c, seed) if task == "retrieval" else RerankLoss(c, seed, precision)
     learned = " (learned)" if c.learn_temperature else ""
     way = BACKENDS.get(c.backend, "chunks in torch")
     log.info("loss: %s, %s, temperature %g%s", c.kind, way, c.temperature, learned)

@@ -96,6 +96,7 @@ def targets_on(
         return None if array is None else on(device, array)
 
     guide_query_AE, guide_passage_NE = (None, None) if guide is None else guide.lookup(batch)
+    scored = batch.scored
     return Targets(
         pair_query_P=tensor(batch.pair_query_P),
         pair_passage_P=tensor(batch.pair_passage_P),
@@ -108,6 +109,17 @@ def targets_on(
         query_relatives_BK=tensor(batch.query_relatives_BK),
         guide_query_AE=tensor(guide_query_AE),
         guide_passage_NE=tensor(guide_passage_NE),
+        scored=None
+        if scored is None
+        else GroupTargets(
+            group_P=on(device, scored.query_P),
+            label_P=on(device, scored.label_P),
+            score_P=on(device, scored.score_P),
+            num_groups_global=batch.num_queries_global,
+            num_pairs_global=0,  # for means over pairs, which no retriever's loss here is
+            step=step,
+        ),
+        scored_passage_P=None if scored is None else on(device, scored.passage_P),
     )
 
 

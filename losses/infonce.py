@@ -41,6 +41,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from conf.schema import LossConfig
+from losses.rerank import GroupTargets
 from losses.similarity import (
     Limits,
     Sums,
@@ -68,6 +69,8 @@ class Targets:
     query_relatives_BK  queries of all ranks that are never negatives of the query (itself, those
                     that share an answer), int64, padded with -1; for query_query
     guide_query_AE, guide_passage_NE  unit-norm embeddings of the guide or teacher
+    scored          every query's own passages as a group, with a teacher's scores; group_P is the
+                    row of q_BD, scored_passage_P the column
     """
 
     pair_query_P: Tensor
@@ -81,6 +84,8 @@ class Targets:
     query_relatives_BK: Tensor | None = None
     guide_query_AE: Tensor | None = None
     guide_passage_NE: Tensor | None = None
+    scored: GroupTargets | None = None
+    scored_passage_P: Tensor | None = None
 
 
 class InfoNCE(nn.Module):

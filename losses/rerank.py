@@ -90,16 +90,18 @@ class RerankLoss(nn.Module):
                    the pairs with a grade and without; "spread": mean over groups of two or more of
                    the standard deviation of their scores. Before the temperature.
         """
+        return self.loss(logits_PL, targets), _scores(logits_PL, targets, ranks)
+
+    def loss(self, logits_PL: Tensor, targets: GroupTargets) -> Tensor:
+        """This rank's share of the loss alone."""
         groups = _Groups(targets)
         z_PL = logits_PL / self.c.temperature
         if self.c.kind in PAIRWISE_MEANS:
             share_P = PAIRWISE_MEANS[self.c.kind](self.c, z_PL, targets.label_P)
-            loss = share_P.sum() / max(1, targets.num_pairs_global)
-        else:
-            loss_G, is_usable_G = GROUPWISE[self.c.kind](self.c, z_PL[:, 0], targets, groups)
-            loss = loss_G.sum() / max(1, targets.num_groups_global)
-            self._say_unusable(is_usable_G)
-        return loss, _scores(logits_PL, targets, groups, ranks)
+            return share_P.sum() / max(1, targets.num_pairs_global)
+        loss_G, is_usable_G = GROUPWISE[self.c.kind](self.c, z_PL[:, 0], targets, groups)
+        self._say_unusable(is_usable_G)
+        return loss_G.sum() / max(1, targets.num_groups_global)
 
     def _say_unusable(self, is_usable_G: Tensor) -> None:
         if self.has_warned or bool(is_usable_G.all()):
@@ -272,8 +274,9 @@ NEEDS |= {
 
 
 @torch.no_grad()
-def _scores(logits_PL: Tensor, t: GroupTargets, groups: _Groups, ranks: Ranks) -> dict[str, Tensor]:
+def _scores(logits_PL: Tensor, t: GroupTargets, ranks: Ranks) -> dict[str, Tensor]:
     """This rank's shares of the three numbers of RerankLoss.forward."""
+    groups = _Groups(t)
     score_P = logits_PL[:, 0]
     if logits_PL.shape[1] > 1:
         labels_L = torch.arange(logits_PL.shape[1], device=score_P.device).to(score_P)

@@ -160,7 +160,7 @@ def test_models_stand_side_by_side_on_the_datas_candidates(
             assert result["metrics"][label][ours] == pytest.approx(mean, abs=1e-9)
     assert set(result["delta"]) == set(labels[1:])
     printed = capsys.readouterr().out
-    for text in ("8.0 candidates a query of the data", "MRR  [95% interval]", "random MAP"):
+    for text in ("8.0 candidates a query of the data", "MRR  [95% interval]", "random nDCG@10"):
         assert text in printed
 
 
@@ -176,6 +176,8 @@ def test_a_retriever_and_an_earlier_evaluation_take_part_too(
     )
     assert list(second["metrics"]) == [tiny_base.name, "first"]
     assert second["metrics"]["first"] == pytest.approx(first["metrics"]["cross"], abs=1e-12)
+    values = [e["per_query"]["values"] for e in (first, second)]
+    assert values[0]["cross"] == values[1]["first"]
     assert second["time"] == {}
     with pytest.raises(ValueError, match="is of another test set"):
         evaluate.run(config(tiny_base, beir, first_stage="bm25", also=[str(tmp_path / "first")]))
@@ -192,6 +194,9 @@ def test_what_does_not_go_together_is_said(beir, labelled, reranker, tiny_base, 
         evaluate.run(config(tiny_base, beir, against=str(reranker)))
     with pytest.raises(ValueError, match=r"compares retrievers; put it in also="):
         evaluate.run(config(reranker, labelled, texts=str(beir), against="bm25"))
+    with pytest.raises(ValueError, match=r"eval\.json is a file, which has no score"):
+        (tmp_path / "eval.json").write_text("{}")
+        evaluate.run(config(tmp_path / "eval.json", labelled, texts=str(beir), also=["bm25"]))
     with pytest.raises(ValueError, match=r"bm25 is named twice"):
         evaluate.run(config(reranker, labelled, texts=str(beir), also=["bm25", "bm25"]))
     with pytest.raises(ValueError, match=r"(?s)^(?!.*data\.texts).*texts"):
@@ -212,6 +217,19 @@ def test_an_evaluation_of_an_older_version_in_the_folder_is_told_apart(beir, rer
     with pytest.raises(ValueError, match=r"first_stage was None, now 'bm25'"):
         (out / "eval.json").write_text(json.dumps(content | {"model": str(reranker)}))
         evaluate.run(config(reranker, beir, out=str(out), first_stage="bm25"))
+
+
+def test_other_candidates_are_another_test_set():
+    """Fewer of them make the task easier: such an eval.json must not be compared with."""
+    from data.records import RerankSet
+    from evals.eval_file import digest_of
+
+    def digest(candidates):
+        ids = ["a", "b", "c"]
+        return digest_of(RerankSet("s", ids, ids, ["q"], ["q"], {"q": {"a": 1}}, candidates))
+
+    assert digest({"q": ["a", "b"]}) == digest({"q": ["b", "a"]})
+    assert len({digest(c) for c in (None, {"q": ["a", "b"]}, {"q": ["a", "b", "c"]})}) == 3
 
 
 def test_models_of_the_same_name_are_told_apart():

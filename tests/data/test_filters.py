@@ -214,8 +214,7 @@ def test_near_pairs_are_those_of_all_pairs_compared():
 
 
 def test_near_duplicates_are_dropped_against_pairs_that_stay():
-    """A second pair on one passage stays, the same question on another passage too; a chain a-b-c
-    whose b is dropped does not drop c for being near b alone."""
+    """A second pair on one passage stays, the same question on another passage too."""
     question = "How much blood does the heart pump through the body in a minute of rest?"
     other = "Rivers carry water from the mountains down to the sea all through the year."
     pairs = [
@@ -228,6 +227,17 @@ def test_near_duplicates_are_dropped_against_pairs_that_stay():
     queries = near_duplicates(pairs, FilterConfig(near_duplicate=None, near_query=0.8))
     assert list(queries) == [2, 3, 4]
     assert not near_duplicates(pairs, FilterConfig(near_duplicate=None))
+
+
+def test_a_pair_near_a_dropped_one_alone_stays():
+    """a - b - c: b is near a, c near b and not near a. With b gone nothing speaks against c."""
+    queries = [f"{SENTENCE} {'one more word ' * n}" for n in (0, 1, 2)]
+    shingles = [shingle_set(q) for q in queries]
+    near = [similarity(shingles[i], shingles[j]) for i, j in ((0, 1), (1, 2), (0, 2))]
+    limit = (max(near[0], near[1]) + min(near)) / 2
+    assert near[2] < limit < min(near[:2])
+    pairs = [pair(q, SENTENCE) for q in queries]
+    assert list(near_duplicates(pairs, FilterConfig(near_duplicate=limit))) == [1]
 
 
 def test_similar_queries_against_a_plain_loop(monkeypatch):
@@ -274,8 +284,8 @@ def test_stage_keeps_the_positives_that_pass_and_counts_the_rest(tmp_path):
     source = write(
         tmp_path / "data.jsonl",
         [
-            {"query_id": "a", "query": "two words", "positive": ["It is a good text.", "no"],
-             "positive_ids": ["p", "q"], "positive_scores": [0.5, 0.25], "negative": ["Bad text."]},
+            {"query_id": "a", "query": "two words", "positive": ["no", "It is a good text."],
+             "positive_ids": ["q", "p"], "positive_scores": [0.25, 0.5], "negative": ["Bad text."]},
             {"query_id": "b", "query": "word", "positive": ["no"]},
             {"query_id": "c", "query": "two words", "positive": ["It is a good text."]},
         ],

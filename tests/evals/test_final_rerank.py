@@ -116,7 +116,12 @@ def test_the_export_gives_calibrated_scores_and_the_same_order(finished):
 def test_report_card_and_figures_show_the_result(finished):
     run_dir, _, _, result, _ = finished
     report = (run_dir / "report.md").read_text()
-    for text in ("# mine", "30 queries with 6.0 candidates each", "tuned against the others"):
+    for text in (
+        "# mine",
+        "30 queries with 6.0 candidates each",
+        "tuned against the others",
+        "120 dev pairs",
+    ):
         assert text in report
     assert f"{result['metrics']['tuned']['mrr']:.3f}".removeprefix("0") in report
     assert {p.name for p in (run_dir / "figures").iterdir()} == {

@@ -129,6 +129,20 @@ def test_mrr_is_cut_at_ten_and_follows_our_order_of_ties(rank, value):
         assert found.means["mrr@10"] == value
 
 
+def test_whole_list_metrics_stand_beside_those_with_a_cut():
+    """mrr and mrr@10 are one measure to the library: one must not take the other's place."""
+    hits = hits_of({"q": [f"d{i:02d}" for i in range(20)]})
+    names = ["mrr@10", "mrr", "map@10", "map", "ndcg@10"]
+    for rank in (4, 15):
+        found = evaluate_hits(hits, {"q": {f"d{rank - 1:02d}": 1}}, names).means
+        cut = 1 / rank if rank <= 10 else 0.0
+        assert (found["mrr"], found["map"]) == pytest.approx((1 / rank, 1 / rank))
+        assert (found["mrr@10"], found["map@10"]) == pytest.approx((cut, cut))
+    for bad in ("ndcg", "recall", "mrr@", "mrr@x"):
+        with pytest.raises(ValueError, match="no metric named"):
+            measure_of(bad)
+
+
 def test_queries_without_hits_count_as_zero_and_unjudged_do_not_count():
     """pytrec_eval leaves out a query that is not in the run; its mean would flatter."""
     hits = hits_of({"found": ["d1", "d2"], "nothing": [], "unjudged": ["d1"], "empty": ["d1"]})

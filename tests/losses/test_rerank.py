@@ -228,7 +228,7 @@ def test_a_label_without_an_output_is_an_error():
 def test_build_loss_knows_every_kind():
     """train.py makes it by its name and logs .temperature."""
     for kind in RERANK_LOSSES:
-        loss_fn = build_loss(config(kind), seed=3, precision="bf16")
+        loss_fn = build_loss(config(kind), seed=3, task="rerank", precision="bf16")
         assert isinstance(loss_fn, RerankLoss) and loss_fn.temperature == pytest.approx(0.7)
 
 

@@ -1,0 +1,265 @@
+"""prepare.py: stages one after the other, done once, done again when anything they read changes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import prepare
+from conf.schema import MineConfig, PrepareConfig, SourceConfig
+from data.formats import read_examples
+from data.stages import report_text
+from models.reranker import load_reranker
+
+ROOT = Path(__file__).parents[1]
+BASIC = ["mine.sources=[bm25]", "mine.fraction=null", "mine.near_duplicate=null"]
+
+
+@pytest.fixture
+def pairs(tmp_path) -> Path:
+    path = tmp_path / "pairs.jsonl"
+    rows = [{"query": f"ask {n} fish", "positive": f"fish answer {n}"} for n in range(30)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def config(pairs, tmp_path):
+    def make(**settings) -> PrepareConfig:
+        mine = {"sources": ["bm25"], "fraction": None, "near_duplicate": None}
+        mine |= settings.pop("mine", {})
+        shared = {"stages": ["mine"], "data": str(pairs), "out": str(tmp_path / "out")}
+        shared |= {"device": "cpu", "cache_dir": str(tmp_path / "cache")}
+        return PrepareConfig(**shared | settings, mine=MineConfig(**mine))
+
+    return make
+
+
+@pytest.fixture
+def calls(monkeypatch) -> list[str]:
+    """Stages that ran. `again` mines from what `mine` wrote."""
+    ran: list[str] = []
+    monkeypatch.setitem(prepare.STAGES, "again", prepare.STAGES["mine"])
+
+    for name, stage in list(prepare.STAGES.items()):
+
+        def counted(c, source, target, name=name, stage=stage):
+            ran.append(name)
+            return stage(c, source, target)
+
+        monkeypatch.setitem(prepare.STAGES, name, counted)
+    return ran
+
+
+def test_stages_hand_files_on_and_are_done_once(config, calls, tmp_path, pairs, capsys):
+    """A skipped stage must still give the next one its file, and the report its numbers."""
+    out = tmp_path / "out"
+    c = config(stages=["mine", "again"])
+    report = prepare.prepare(c, out)
+    assert calls == ["mine", "again"]
+    assert [len((out / f"{n}.jsonl").read_text().splitlines()) for n in calls] == [30, 30]
+    assert json.loads((out / "report.json").read_text()) == report
+    assert (out / "report.md").read_text() in capsys.readouterr().out
+    assert "| mine | 30 | 30 |" in report_text(report)
+    assert prepare.prepare(c, out) == report and calls == ["mine", "again"]
+    third = prepare.prepare(config(stages=["mine"]), out)  # fewer stages: the same file
+    assert calls == ["mine", "again"] and list(third["stages"]) == ["mine"]
+    read = list(read_examples(SourceConfig(root=str(out / "mine.jsonl")), None))
+    assert len(read) == 30 and all(len(e.negatives) == 3 for e in read)
+
+
+def test_a_stage_is_done_again_when_what_it_reads_changes(config, calls, tmp_path, pairs):
+    """Data, settings, its own output, the report: stale files are the ones nobody looks at."""
+    out = tmp_path / "out"
+    prepare.prepare(config(), out)
+    changes = [
+        lambda: pairs.write_text(pairs.read_text().replace("answer 7", "answer seven")),
+        lambda: (out / "mine.jsonl").write_text("{}\n"),
+        lambda: (out / "mine.jsonl").unlink(),
+        lambda: (out / "report.json").write_text('{"stages": {"mine": {"key": '),
+        lambda: (out / "report.json").write_text("[]"),
+        lambda: (out / "report.json").unlink(),
+    ]
+    for n, change in enumerate(changes):
+        change()
+        prepare.prepare(config(), out)
+        assert len(calls) == n + 2
+        prepare.prepare(config(), out)
+        assert len(calls) == n + 2
+    assert b"answer seven" in (out / "mine.jsonl").read_bytes()
+    num = len(calls)
+    for settings in ({"mine": {"num_negatives": 2}}, {"seed": 1}, {"mine": {"first_rank": 2}}):
+        prepare.prepare(config(**settings), out)
+        num += 1
+        assert len(calls) == num
+    prepare.prepare(config(mine={"first_rank": 2}, cache_dir=str(tmp_path / "other")), out)
+    assert len(calls) == num  # where the cache lies changes nothing
+
+
+def test_a_stage_is_done_again_when_its_model_was_retrained(config, calls, tmp_path, tiny_base):
+    """Same path, same sizes: only the content says so."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for path in tiny_base.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    c = config(mine={"sources": ["model"], "model": str(folder)})
+    prepare.prepare(c, tmp_path / "out")
+    prepare.prepare(c, tmp_path / "out")
+    assert len(calls) == 1
+    weights = folder / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-2] ^= 1  # a bit of the last weight's exponent
+    weights.write_bytes(content)
+    prepare.prepare(c, tmp_path / "out")
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"stages": []}, r"stages \(\[\]\) must name some of"),
+        ({"stages": ["mime"]}, r"must name some of .*mine"),
+        ({"stages": ["mine", "mine"]}, "each once"),
+        ({"data": "nowhere.jsonl"}, "data=nowhere.jsonl: no such file or folder"),
+        ({"mine": {"sources": ["model"]}}, r"mine\.model is not set"),
+        ({"mine": {"sources": ["model"], "model": "no/such/model/folder"}}, "no such folder"),
+        ({"columns": {"query": "frage"}}, "'frage'.*columns.query"),
+    ],
+)
+def test_what_cannot_be_run_says_so(config, tmp_path, settings, message):
+    """And leaves no file that looks like a result."""
+    with pytest.raises(ValueError, match=message):
+        prepare.prepare(config(**settings), tmp_path / "out")
+    assert not list((tmp_path / "out").glob("*.jsonl"))
+
+
+def test_out_that_is_a_file_is_refused(config, tmp_path):
+    (tmp_path / "out").write_text("x")
+    with pytest.raises(ValueError, match="is a file; want a folder"):
+        prepare.prepare(config(), tmp_path / "out")
+
+
+@pytest.fixture
+def reranker(tiny_base, tmp_path) -> Path:
+    """A cross-encoder with random weights, in a folder of transformers' own class."""
+    import transformers
+
+    folder = tmp_path / "reranker"
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.from_pretrained(tiny_base)
+    config.num_labels = 1
+    model = transformers.BertForSequenceClassification(config)
+    for p in model.parameters():
+        p.data.add_(0.3 * torch.randn_like(p))
+    model.save_pretrained(folder)
+    (folder / "tokenizer.json").write_bytes((tiny_base / "tokenizer.json").read_bytes())
+    return folder
+
+
+def test_a_cross_encoder_vetoes_and_its_scores_are_a_teachers(config, reranker, tmp_path, pairs):
+    """Against scores computed one pair at a time: a pair given to the wrong query, or a logit taken
+    for a probability, drops the wrong ones. The scores go where a distillation reads them."""
+    from data.pairs import PairTemplate, pack_pairs, tokenise_plain
+
+    model = load_reranker(str(reranker)).eval()
+    template = PairTemplate.of(model.tokenizer)
+
+    def score(query: str, passage: str) -> float:
+        q, p = (tokenise_plain(model.tokenizer, [t], "", 64)[0] for t in (query, passage))
+        with torch.no_grad():
+            packed = pack_pairs([template.join(q, p, model.spec.max_length)], torch.device("cpu"))
+            return float(model.score(packed))
+
+    rows = [json.loads(line) for line in pairs.read_text().splitlines()]
+    texts = [row["positive"] for row in rows]
+    all_QN = np.array([[score(row["query"], t) for t in texts] for row in rows])
+    above = float(1 / (1 + np.exp(-np.median(all_QN))))
+    settings = {"reranker": str(reranker), "veto_above": above, "num_negatives": 30}
+    report = prepare.prepare(config(mine=settings), tmp_path / "out")
+    mined = [json.loads(li) for li in (tmp_path / "out/mine.jsonl").read_text().splitlines()]
+    for n, row in enumerate(mined):
+        expected = {t for m, t in enumerate(texts) if m != n and all_QN[n, m] <= np.median(all_QN)}
+        assert set(row["negative"]) == expected
+        if not expected:  # a score below 0 alone would make the reader drop the row
+            assert "positive_scores" not in row
+            continue
+        scores = [all_QN[n, texts.index(t)] for t in row["negative"]]
+        # float32 logits of other batches, and six decimals
+        np.testing.assert_allclose(row["negative_scores"], scores, atol=2e-5)
+        np.testing.assert_allclose(row["positive_scores"], [all_QN[n, n]], atol=2e-5)
+        assert [m["scores"]["reranker"] for m in row["mined"]] == row["negative_scores"]
+        assert all(m["reranker"] == report["stages"]["mine"]["digests"]["reranker"]
+                   for m in row["mined"])  # fmt: skip
+    counts = report["stages"]["mine"]["counts"]
+    assert counts["vetoed"] + counts["mined"] == 30 * 29 and counts["vetoed"] > 200
+    assert len(report["stages"]["mine"]["examples"]["vetoed"]) == 10
+    read = list(read_examples(SourceConfig(root=str(tmp_path / "out/mine.jsonl")), None))
+    assert len(read) == 30
+    assert all(len(e.negative_scores) == len(e.negatives) for e in read if e.negatives)
+
+
+def test_scores_without_veto(config, reranker, tmp_path):
+    """veto_above=null: a teacher for all negatives, and none is dropped."""
+    settings = {"reranker": str(reranker), "veto_above": None}
+    prepare.prepare(config(mine=settings), tmp_path / "out")
+    mined = [json.loads(li) for li in (tmp_path / "out/mine.jsonl").read_text().splitlines()]
+    assert all(len(row["negative_scores"]) == 3 == len(row["negative"]) for row in mined)
+    assert len({s for row in mined for s in row["negative_scores"]}) > 50
+
+
+# --------------------------------------------------------------------------------- the command line
+
+
+def run(*words: str, cwd: Path) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "prepare.py"), *words]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.slow
+def test_the_documented_command(tmp_path, pairs):
+    """From the shell: quoting, help, a mistyped setting, a path with blanks and Arabic letters."""
+    named = tmp_path / "\u0628\u064a\u0627\u0646\u0627\u062a a=b.jsonl"
+    pairs.rename(named)
+    words = ["stages=[mine]", f"data={named}", "out=o=1", *BASIC]
+    done = run(*words, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "| mine | 30 | 30 |" in done.stdout
+    assert len((tmp_path / "o=1/mine.jsonl").read_text().splitlines()) == 30
+    done = run("stages=[mine]", "mine.modell=x", cwd=tmp_path)
+    assert done.returncode == 2 and "did you mean mine.model" in done.stderr
+    done = run("stages=[mine]", f"data={named}", cwd=tmp_path)
+    assert done.returncode == 2 and "out is not set" in done.stderr
+    done = run("--help", cwd=tmp_path)
+    assert done.returncode == 0 and "stages=[mine]" in done.stdout
+
+
+@pytest.mark.slow
+def test_interrupted_and_started_again(tmp_path, pairs):
+    """Ctrl-C while it works: no traceback, no half-written file, and the same command finishes."""
+    corpus = tmp_path / "corpus.jsonl"
+    rows = ({"_id": f"c{n}", "text": f"fish {n} {'word ' * 200}{n}"} for n in range(20_000))
+    corpus.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["stages=[mine]", f"data={pairs}", "out=out", *BASIC]
+    command = [sys.executable, str(ROOT / "prepare.py"), *words, f"mine.corpus={corpus}"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True
+    )
+    for line in process.stderr:  # what it says first when it begins to mine
+        if "mine:" in line:
+            break
+    time.sleep(2)
+    process.send_signal(signal.SIGINT)
+    said = process.stderr.read()
+    assert process.wait(60) == 130
+    assert "interrupted" in said and "Traceback" not in said
+    assert not (tmp_path / "out/mine.jsonl").exists() and not list(tmp_path.glob("out/.*"))
+    assert run(*words, cwd=tmp_path).returncode == 0
