@@ -27,6 +27,7 @@ from benchmarks.turns import DATA
 
 ROOT = Path(__file__).parents[1]
 TOTAL_S, FULL_S = 470, 2400
+LEAST_S = 10  # in which a process can start and find anything
 OPTIONAL = ("memeff", "inf_cl", "siglip_kernel", "sentence_transformers", "xdist", "omegaconf")
 SUITE = ("tests/kernels", "tests/models/test_gpu.py")
 FIVE = "768,512,256,128,64"
@@ -171,7 +172,7 @@ class Run:
         """done | failed (code) | cut off | not run. Benchmarks that can hear how long they have and
         stop themselves; any other is interrupted, then killed."""
         left_s = ends - time.monotonic()
-        if left_s < 10:
+        if left_s < LEAST_S:
             return "not run: no time left"
         module, *options = command
         if module in LIMITED:

@@ -141,7 +141,8 @@ def by_turns_in(args: argparse.Namespace, case: Case, device: str) -> list[dict]
     rows = []
     for peer in args.peer:
         if peer not in results:
-            print(f"{case.name}: {peer}: {reasons[peer]}")
+            if case.kind in SIDES[peer].kinds:
+                print(f"{case.name}: {peer}: {reasons[peer]}")
             continue
         found = row(case.name, peer, case.precision, results, ours=ours)
         found |= {"ms": ms[ours], "peer_ms": ms[peer], "loss": times["loss"]}

@@ -25,6 +25,8 @@ from benchmarks.infonce_sides import DTYPES, SIDES, Case
 from benchmarks.infonce_truth import Truth, embeddings, gradient_error, truth
 from benchmarks.turns import PeakMemory, clock, device_name, release_freed_memory
 
+ROOT = Path(__file__).parents[1]
+WORKER = (sys.executable, "-m", "benchmarks.infonce_cells")
 CELL_LIMIT_S = 40.0  # compiling included
 _SAMPLE = 1024  # rows whose gradients are compared with float64, where there are more
 _L2_BYTES = 2**28  # several times any L2 cache
@@ -90,10 +92,10 @@ def _worker(
 ) -> Iterator[tuple["queue.Queue[dict | None]", Callable[[], str]]]:
     """A queue of answers, None at the end, and what the process said last."""
     with tempfile.TemporaryFile("w+") as errors:
-        command = [sys.executable, "-m", "benchmarks.infonce_cells", device]
+        command = [*WORKER, device]
         process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True,
-            cwd=Path(__file__).parents[1],
+            cwd=ROOT,
         )  # fmt: skip
         lines: queue.Queue[dict | None] = queue.Queue()
 
@@ -144,11 +146,9 @@ class Bench:
 
     def answer(self, cell: Cell) -> dict:
         """What was found, or {"note": why nothing}; "stops" where the device is of no more use."""
-        why_not = SIDES[cell.side].why_not(cell.case, self.device.type)
-        if why_not:
-            return {"note": why_not}
         try:
-            return self.measure(cell)
+            why_not = SIDES[cell.side].why_not(cell.case, self.device.type)
+            return {"note": why_not} if why_not else self.measure(cell)
         except torch.OutOfMemoryError:
             note = f"out of memory ({self._memory_gib():.0f} GiB)"
         except Exception as error:  # a row, not the end of the run

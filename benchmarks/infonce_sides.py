@@ -371,7 +371,8 @@ def _memeff_note(case: Case) -> str:
 
 
 def inf_cl(q_BD: Tensor, p_ND: Tensor, dims: Sequence[int], kind: str) -> Gradients:
-    """One call a direction and a dim; it computes in float32 whatever it is given."""
+    """One call a direction and a dim; it computes in float32, rounded to tf32, whatever it is
+    given."""
     import inf_cl as library
 
     def one(q_Bd: Tensor, p_Nd: Tensor) -> Tensor:
@@ -438,7 +439,7 @@ PEERS = {
     ),
     "inf-cl": Side(
         inf_cl, SOFTMAX, devices=("cuda",), needs="inf_cl", fits=_inf_cl_fits,
-        note=lambda case: "computes in float32",
+        note=lambda case: "float32 rounded to tf32",
     ),
     "siglip-kernel": Side(
         siglip_kernel, ("sigmoid",), devices=("cuda",), needs="siglip_kernel",

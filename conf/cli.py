@@ -619,7 +619,8 @@ def help_text(cls: type, config_name: str, conf_dir: Path, program: str) -> str:
     for group, options in group_options(cls, conf_dir).items():
         plus = "+" if group in DELTA_GROUPS else ""
         title = f"{group.capitalize()}s" if plus else f"Options of {group}"
-        text += f"\n{title} ({plus}{group}=<name>, files in conf/{group}/):\n"
+        folder = Path(os.path.relpath(conf_dir / group, CONF_DIR.parent)).as_posix()
+        text += f"\n{title} ({plus}{group}=<name>, files in {folder}/):\n"
         for option in options:
             text += f"  {option:16} {headline(conf_dir / group / f'{option}.yaml')}\n"
     text += (
@@ -666,7 +667,7 @@ Evaluate a model on a test set: python {program} model=<model> data=<test set> [
   split=test|dev|...   'dims=[...]'   precision=fp32|bf16|int8|binary   bm25=true|false
 """,
     "prepare": """\
-Make a training set: python {program} 'stages=[<stage>,...]' data=<pairs or BEIR folder> out=<folder>
+Make a training set: python {program} 'stages=[<stage>,...]' data=<data> out=<folder>
 
   python {program} 'stages=[mine]' data=my_beir_folder out=mined mine.model=runs/mine/default/seed0
       hard negatives: the nearest passages by a model, 5% below the positive
@@ -675,7 +676,7 @@ Make a training set: python {program} 'stages=[<stage>,...]' data=<pairs or BEIR
   python {program} ... 'mine.sources=[model,bm25]' mine.reranker=runs/reranker/default/seed0
       from both; what a cross-encoder takes for an answer is left out
 
-Each stage writes out/<stage>.jsonl for the next one and for train.py (data=local data.root=...). The
-same command again goes on where it was stopped. What was kept and dropped: out/report.md.
+Each stage writes out/<stage>.jsonl for the next one and for train.py (data=local data.root=...).
+The same command again goes on where it was stopped. What was kept and dropped: out/report.md.
 """,
 }

@@ -580,7 +580,7 @@ class MineConfig:
     sources: list[str] = field(default_factory=lambda: ["model"])
     model: str | None = None  # run directory, model folder or hub id
     run: str | None = None  # TREC run file with the ids of the data
-    corpus: str | None = None  # more passages to choose from: BEIR folder or file; null: the data's
+    corpus: str | None = None  # more passages to choose from: BEIR folder, or rows of any kind
     num_negatives: int = 3  # a query
     # rank in each source, from 1, the query's positives left out
     first_rank: int = 1

@@ -245,12 +245,27 @@ def _read_qrels(path: Path, bad: BadRows) -> Iterator[tuple[int, str, str, int]]
         )
 
 
-def read_corpus(path: str | Path, bad: BadRows | None = None) -> Iterator[tuple[str, str]]:
-    """(id, text) of the documents of a BEIR folder, or of a file with rows as its corpus.jsonl."""
-    path = Path(path).expanduser()
+def is_corpus(path: Path) -> bool:
+    """Whether it is a folder with a corpus.jsonl, or a file whose first row is a document of one.
+
+    Raises ValueError for a path that does not exist.
+    """
+    if path.is_dir():
+        return part(path, "corpus.jsonl") is not None
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file or folder; want a BEIR folder, or rows of passages")
+    first = next((line for _, _, line in read_lines(path)), b"")
+    try:
+        row = json.loads(first)
+    except ValueError:
+        return False
+    return isinstance(row, dict) and "_id" in row and "text" in row
+
+
+def read_corpus(path: Path, bad: BadRows | None = None) -> Iterator[tuple[str, str]]:
+    """(id, text) of the documents of what is_corpus."""
     corpus = part(path, "corpus.jsonl") if path.is_dir() else path
-    if corpus is None or not corpus.is_file():
-        raise ValueError(f"{path}: expected a folder with corpus.jsonl, or such a file")
+    assert corpus is not None, path
     for _, _, doc_id, text in _read_items(corpus, bad or BadRows(), has_title=True):
         yield doc_id, text
 

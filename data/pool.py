@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 
 from conf.schema import PrepareConfig, SourceConfig
-from data.beir import read_beir, read_corpus
+from data.beir import is_corpus, read_beir, read_corpus
 from data.formats import content_hash, detect, resolve_split
 from data.records import Example, RetrievalSet
 from data.rows import read_source
@@ -118,11 +118,10 @@ def read_pool(c: PrepareConfig, source: Path) -> Pool:
             _read_beir(pool, source, c.split)
         else:
             _read_rows(pool, read_source(c, source))
+        if c.mine.corpus is not None:
+            _add_corpus(pool, c)
     except ValueError as error:  # the readers name train.py's setting
         raise ValueError(str(error).replace("data.root", "data")) from error
-    if c.mine.corpus is not None:
-        for doc_id, text in read_corpus(c.mine.corpus):
-            pool.docs.add(text, doc_id)
     if not pool.queries.texts:
         raise ValueError(f"data={source}: no query of split {c.split!r} has a relevant passage")
     pool.close()
@@ -138,6 +137,19 @@ def _read_beir(pool: Pool, root: Path, split: str) -> None:
         if graded:
             positives = [pool.docs.number[d] for d, _ in graded]
             pool.add(query, query_id, positives, grades=[grade for _, grade in graded])
+
+
+def _add_corpus(pool: Pool, c: PrepareConfig) -> None:
+    """The passages of mine.corpus: those of a BEIR corpus, or of rows, negatives among them."""
+    path = Path(str(c.mine.corpus)).expanduser()
+    if is_corpus(path):
+        for doc_id, text in read_corpus(path):
+            pool.docs.add(text, doc_id)
+        return
+    for e in read_source(c, path):
+        for texts, ids in ((e.positives, e.positive_ids), (e.negatives, e.negative_ids)):
+            for n, text in enumerate(texts):
+                pool.docs.add(text, ids and ids[n])
 
 
 def _read_rows(pool: Pool, examples: Iterable[Example]) -> None:

@@ -86,7 +86,7 @@ def evaluate_dev(reranker: Reranker, data: GroupData, *, precision: str) -> dict
     found = {}
     for name, one in data.dev.items():
         judged = _judged(one, _scores(reranker, data, one, precision))
-        found[name] = means_of(judged["per_query"]) | {"spread": judged["spread"]}
+        found[name] = means_of(judged["per_query"]) | {"spread": judged["spread"] or 0.0}
     values = {
         f"dev/{key}": float(np.mean([of[key] for of in found.values()]))
         for key in (*RERANK_NAMES, "spread")
@@ -213,20 +213,21 @@ def _pairs(one: RerankSet, scores: Scores) -> tuple[np.ndarray, np.ndarray]:
     return score_P, np.array(grades, np.float64)
 
 
-def spread_of(scores: Scores) -> float:
-    """Standard deviation of the scores of one query's candidates, a mean over queries."""
+def spread_of(scores: Scores) -> float | None:
+    """Standard deviation of the scores of one query's candidates, a mean over queries; None where
+    no query has two."""
     stds = [float(np.std(x, dtype=np.float64)) for x in scores.values() if len(x) > 1]
-    return float(np.mean(stds)) if stds else 0.0
+    return float(np.mean(stds)) if stds else None
 
 
-def check_spread(spread: Mapping[str, float], *, is_chance: bool, c: TrainConfig) -> None:
+def check_spread(spread: Mapping[str, float | None], *, is_chance: bool, c: TrainConfig) -> None:
     """Raise ValueError for a tuned reranker that gives all candidates of a query one score.
 
     spread     "tuned" and, where the untrained model was asked, "base"
     is_chance  its order is no better than a random one
     """
-    tuned, base = spread["tuned"], spread.get("base", 0.0)
-    if tuned > NO_SPREAD and not (is_chance and tuned < SHRUNK * base):
+    tuned, base = spread["tuned"], spread.get("base") or 0.0
+    if tuned is None or (tuned > NO_SPREAD and not (is_chance and tuned < SHRUNK * base)):
         return
     raise ValueError(
         f"the reranker has collapsed: its scores of one query's candidates differ by {tuned:.1g}"

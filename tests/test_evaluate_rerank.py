@@ -121,13 +121,20 @@ def test_a_run_file_as_first_stage_gives_what_its_model_gave(beir, reranker, tin
     out = tmp_path / "out"
     evaluate.run(config(tiny_base, beir, bm25=False, out=str(out), top_k=30))
     by_model = evaluate.run(
-        config(reranker, beir, first_stage=str(tiny_base), top_k=30, rerank_k=9)
-    )
+        config(
+            reranker, beir, first_stage=str(tiny_base), top_k=30, rerank_k=9,
+            out=str(tmp_path / "by_model"),
+        )
+    )  # fmt: skip
     by_file = evaluate.run(
         config(reranker, beir, first_stage=str(out / "run.trec"), top_k=30, rerank_k=9)
     )
     assert by_model["metrics"]["cross"] == by_file["metrics"]["cross"]
     assert list(by_file["metrics"]) == ["run.trec", "cross"]
+    third = evaluate.run(
+        config(tiny_base, beir, first_stage="bm25", top_k=30, also=[str(tmp_path / "by_model")])
+    )  # the reranked row of that file, not its first stage's
+    assert third["metrics"]["by_model"] == pytest.approx(by_model["metrics"]["cross"], abs=1e-12)
     alone = evaluate.run(config(out / "run.trec", beir, bm25=False, top_k=30))
     assert alone["metrics"]["run"] == by_file["metrics"]["run.trec"]
 

@@ -33,17 +33,25 @@ def test_code_blocks_run_in_order(tiny_base, tmp_path):
     shutil.copytree(ROOT, copy, ignore=ignored)
     beir = copy / "path/to/beir_folder"
     (beir / "qrels").mkdir(parents=True)
-    texts = {
-        f"d{i}": f"passage number {i} about {w}" for i, w in enumerate("ab cd ef gh ij".split())
-    }
+    words = "ab cd ef gh ij kl mn op qr st uv wx".split()
+    texts = {f"d{i}": f"passage number {i} about {w}" for i, w in enumerate(words)}
     rows = "".join(f'{{"_id": "{i}", "title": "", "text": "{t}"}}\n' for i, t in texts.items())
     (beir / "corpus.jsonl").write_text(rows)
-    (beir / "queries.jsonl").write_text('{"_id": "q1", "text": "which is about cd"}\n')
-    (beir / "qrels/test.tsv").write_text("query-id\tcorpus-id\tscore\nq1\td1\t1\n")
+    rows = (f'{{"_id": "q{i}", "text": "which is about {w}"}}\n' for i, w in enumerate(words))
+    (beir / "queries.jsonl").write_text("".join(rows))
+    for split, some in (("train", range(6)), ("dev", range(6, 9)), ("test", range(9, 12))):
+        rows = "".join(f"q{i}\td{i}\t1\n" for i in some)
+        (beir / f"qrels/{split}.tsv").write_text(f"query-id\tcorpus-id\tscore\n{rows}")
     env = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     tiny = f"model.base={tiny_base} model.max_query_length=32 model.max_passage_length=32"
     for block in blocks("bash"):
-        script = re.sub(r"(python train\.py data=.*)", rf"\1 {tiny} loss.dims=[16]", block)
+        script = re.sub(r"(python train\.py .*name=mine)", rf"\1 {tiny} loss.dims=[16]", block)
+        script = re.sub(r"(python train\.py .*name=(first|second))", rf"\1 {tiny}", script)
+        pair = f"model.base={tiny_base} model.max_pair_length=40 optim.lr=1e-2 optim.steps=20"
+        script = re.sub(r"(python train\.py task=.*)", rf"\1 {pair}", script)
+        # an untrained model finds all passages alike
+        near = "mine.fraction=null mine.near_duplicate=null mine.veto_above=null"
+        script = script.replace("'stages=[mine]'", f"'stages=[mine]' {near}")
         script = script.replace("dims=[384,128]", "dims=[16,8]")
         script = script.replace("runs/mine/default/seed0", trained_in(copy))
         done = subprocess.run(

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from conf.cli import CONF_DIR, help_text, list_experiments, main, quote_value
-from conf.schema import EvaluateConfig, SourceConfig, TrainConfig
+from conf.schema import EvaluateConfig, PrepareConfig, SourceConfig, TrainConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -191,11 +191,13 @@ def test_help_lists_every_option_and_experiment_with_a_headline():
     """A new YAML file without a first comment would be an empty line in --help."""
     text = help_text(TrainConfig, "train", CONF_DIR, "train.py")
     for path in CONF_DIR.glob("*/*.yaml"):
-        if path.parent.name == "evaluate":
+        if path.parent.name in ("evaluate", "prepare"):
             continue
         lines = [line for line in text.splitlines() if line.split()[:1] == [path.stem]]
         assert any(len(line.split()) > 2 for line in lines), f"{path} has no headline"
     assert "model=" in help_text(EvaluateConfig, "evaluate", CONF_DIR / "evaluate", "evaluate.py")
+    text = help_text(PrepareConfig, "prepare", CONF_DIR / "prepare", "prepare.py")
+    assert "(+dataset=<name>, files in conf/prepare/dataset/)" in text
 
 
 def test_cfg_job_prints_every_setting_and_runs_nothing(run):

@@ -374,7 +374,11 @@ def test_a_larger_corpus_serves(beir, mine, tmp_path):
     assert len(row["negative"]) == 3 and set(row["negative_ids"]) <= {f"d{n}" for n in range(50)}
     _, (row,) = mine(path)
     assert row["negative"] == []
-    with pytest.raises(ValueError, match=r"corpus\.jsonl, or such a file"):
+    others = tmp_path / "others.tsv"  # rows of any kind: their passages
+    others.write_text("query\tpositive\tnegative\nx\tstone\triver\n")
+    _, (row,) = mine(path, corpus=str(others))
+    assert set(row["negative"]) == {"stone", "river"}
+    with pytest.raises(ValueError, match="none: no such file or folder; want a BEIR folder"):
         mine(path, corpus=str(tmp_path / "none"))
 
 

@@ -1,0 +1,146 @@
+"""The one command for a GPU cannot run here: its plan, its clock and its arithmetic can."""
+
+import io
+import time
+
+import pytest
+
+from benchmarks import ceilings, gpu, infonce, share
+from benchmarks.gpu import FIVE, Run, full_parts, goals, parts
+from benchmarks.infonce_sides import SIDES
+
+PARSERS = {
+    "benchmarks.infonce": infonce.arguments,
+    "benchmarks.ceilings": ceilings.arguments,
+    "benchmarks.share": share.arguments,
+}
+
+
+def test_the_plan_takes_less_than_eight_minutes_and_reaches_the_sizes_of_the_goals():
+    assert sum(part.limit_s for part in parts()) <= gpu.TOTAL_S < 8 * 60
+    assert sum(part.limit_s for part in full_parts()) <= gpu.FULL_S
+    cases = {
+        (case.kind, case.B, case.dims)
+        for part in parts()
+        for module, *options in part.commands
+        if module == "benchmarks.infonce"
+        for case in infonce.cases_of(infonce.arguments(options))
+    }
+    five = tuple(int(d) for d in FIVE.split(","))
+    for B in (8192, 32768, 65536):
+        assert {("one-sided", B, ()), ("two-sided", B, ()), ("one-sided", B, five)} <= cases
+    largest = max(
+        case.B
+        for part in full_parts()
+        for module, *options in part.commands
+        if module == "benchmarks.infonce"
+        for case in infonce.cases_of(infonce.arguments(options))
+    )
+    assert largest == 262_144
+
+
+@pytest.mark.parametrize("part", full_parts(), ids=lambda part: part.name)
+def test_every_command_of_the_plan_is_understood(part):
+    """A misspelt option would show after ten minutes of a lent device."""
+    for module, *options in part.commands:
+        if module in PARSERS:
+            args = PARSERS[module](options)
+            assert args.device == "cuda"
+            if module == "benchmarks.infonce":  # every side is there for a loss of the command
+                assert all(set(args.loss) & set(SIDES[side].kinds) for side in args.peer)
+
+
+@pytest.mark.slow
+def test_a_part_that_overruns_is_cut_and_the_next_one_runs(tmp_path, monkeypatch):
+    """Eight minutes are eight minutes."""
+    monkeypatch.setattr(gpu, "LEAST_S", 0)
+    log = io.StringIO()
+    run = Run(tmp_path, log, total_s=600)
+    sleeps = (
+        "timeit",
+        "-n1",
+        "-r1",
+        "-s",
+        "print('begun', flush=True)",
+        "__import__('time').sleep(60)",
+    )
+    began = time.monotonic()
+    assert run.command(sleeps, began + 3) == "cut off"
+    assert time.monotonic() - began < 15
+    assert run.command(("timeit", "-n1", "-r1", "1"), time.monotonic() + 30) == "done"
+    assert run.command(("timeit", "--bad"), time.monotonic() + 30).startswith("failed (")
+    assert "begun" in log.getvalue()
+    assert Run(tmp_path, log, total_s=0).part(parts()[1]).endswith("not run: no time left")
+
+
+@pytest.mark.slow
+def test_the_losses_of_a_part_share_a_worker_and_leave_rows(tmp_path):
+    """What is measured goes to the file, and what is late is counted."""
+    log = io.StringIO()
+    run = Run(tmp_path, log, total_s=600)
+    options = ("--device", "cpu", "--size", "32x32x16", "--dims", "-", "--peer", "dense")
+    assert (
+        run.losses([options, (*options, "--loss", "two-sided")], time.monotonic() + 300) == "done"
+    )
+    assert [r["kind"] for r in run.rows] == ["one-sided", "two-sided"]
+    assert (tmp_path / "infonce.csv").read_text().count("\n") == 3
+    assert run.losses([options], time.monotonic()) == "1 of 1 rows not measured: no time left"
+
+
+def test_goals_take_the_best_path_and_the_best_peer():
+    def row(kind: str, dims: str, ours: float, peer: str, peer_ms: float | str) -> dict:
+        name = f"loss {'' if kind == 'one-sided' else kind + ' '}65536x65536x768 dims {dims}"
+        return {
+            **{"kind": kind, "precision": "bf16", "name": name, "cosine": 0.4, "ours": "rook"},
+            **{"ms": ours, "peer": peer, "peer_ms": peer_ms, "beyond_mib": 900.0},
+            "peer_beyond_mib": 700.0,
+        }
+
+    rows = [
+        row("one-sided", "768", 50.0, "rook-eform", 38.0),
+        row("one-sided", "768", 50.0, "dense", 95.0),
+        row("one-sided", "768", 50.0, "memeff", ""),
+        row("one-sided", FIVE, 57.0, "memeff", 171.0),
+    ]
+    found = {what: value for what, value, _ in goals(rows)}
+    assert found["one-sided"] == "38 ms (rook-eform)"
+    assert found["one-sided against the best peer"] == "2.50 (dense / rook-eform)"
+    assert found["one-sided beyond inputs and gradients"] == "700 MiB (rook-eform)"
+    assert found["two-sided"] == "not measured"
+    assert found["five dims over one"] == "1.50 (rook / rook-eform)"
+    assert found["five dims against the best peer"] == "3.00 (memeff / rook)"
+
+
+def test_ceilings_are_of_the_work_that_was_done(monkeypatch):
+    """A factor of two in the operations would move every share of the peak."""
+    import torch
+
+    options = ["--rows", "64", "--chunk", "16", "--width", "8", "--square", "32", "--copy-mib", "1"]
+    args = ceilings.arguments([*options, "--precision", "fp32"])
+    found = {name: work for name, work, _, _ in ceilings.jobs(args, torch.device("cpu"))}
+    assert found["copy"] == pytest.approx(2 * 2**20 * 1e-12)
+    assert found["product 32 x 32 x 32"] == pytest.approx(2 * 32**3 * 1e-12)
+    assert {v for k, v in found.items() if "N 64" in k} == {2 * 16 * 64 * 8 * 1e-12}
+    for _, _, _, call in ceilings.jobs(args, torch.device("cpu")):
+        call()
+
+
+@pytest.mark.slow
+def test_the_share_of_a_step_is_the_loss_over_loss_and_encoding():
+    """Encoding is measured on one pack and grows with the batch; a frozen tower has no backward."""
+    import torch
+
+    options = ["--encoder", "tiny", "--batch", "16", "64", "--side", "dense", "rook-eform"]
+    args = share.arguments([*options, "--pack-tokens", "64", "--query-tokens", "8",
+                            "--passage-tokens", "32"])  # fmt: skip
+    rows = share.rows_of(args, torch.device("cpu"))
+    assert len(rows) == 8
+    for row in rows:
+        assert row["encode_ms"] == pytest.approx(row["batch"] * row["pair_ms"], rel=1e-3)
+        if row["side"] == "dense":
+            whole_ms = row["loss_ms"] + row["encode_ms"]
+            assert row["share"] == pytest.approx(row["loss_ms"] / whole_ms, rel=2e-3)
+        else:
+            assert row["loss_ms"] == "" and row["note"] == "does not run on cpu"
+    pair_ms = {row["passages"]: row["pair_ms"] for row in rows}
+    assert pair_ms["frozen"] < pair_ms["trained"]
