@@ -20,6 +20,7 @@ from conf.schema import TrainConfig
 from data.batches import Batch
 from data.datasets import Data, open_data
 from data.groups import GroupBatch, GroupData, open_groups
+from data.refresh import Refreshed
 from data.teacher import open_guide
 from evals import final, final_rerank
 from losses.build import build_loss
@@ -69,6 +70,9 @@ def train(c: TrainConfig, run_dir: Path) -> None:
     base = ranks.on_main(judge.evaluate_base, *judged, run_dir, precision=precision)
     total_steps = data.train.num_steps(c.optim)
     batches = data.train.batches(c, total_steps, rank=ranks.rank, world=ranks.size)
+    if c.mine_every:
+        batches = Refreshed(batches, every=c.mine_every, towers=model, c=c, mine=c.mine,
+                            folder=run_dir / "mined", ranks=ranks, precision=precision)  # fmt: skip
     start, progress = ranks.on_main(checkpoint.resume, run_dir, model, loss_fn, optimizer)
     broadcast_state(ranks, [model, loss_fn], optimizer)
     track = Tracker(c.wandb, run_dir, c)  # rank 0 writes

@@ -613,6 +613,11 @@ def list_experiments(conf_dir: Path = CONF_DIR) -> list[str]:
     return sorted(f.stem for f in (conf_dir / "experiment").glob("*.yaml"))
 
 
+def task_of(experiment: str, conf_dir: Path = CONF_DIR) -> str:
+    """retrieval | rerank, as the experiment's file says."""
+    return OmegaConf.load(conf_dir / "experiment" / f"{experiment}.yaml").get("task", "retrieval")
+
+
 def help_text(cls: type, config_name: str, conf_dir: Path, program: str) -> str:
     """What --help prints."""
     text = HELP.get(config_name, "Use: python {program} key=value ...\n").format(program=program)

@@ -470,106 +470,6 @@ class WandbConfig:
 
 
 @dataclass
-class TrainConfig:
-    name: str = "run"  # runs/<name>/<overrides>/seed<k>/
-    seed: int = 0
-    task: str = "retrieval"  # retrieval | rerank
-    resume: bool = False
-    runs_dir: str = "runs"
-    dims: list[int] = field(
-        default_factory=list
-    )  # evaluated; empty: loss.dims, else the full dimension
-    log_every: int = 10  # steps
-    eval_every: int = 0  # steps; 0: at the end alone
-    save_every: int = 0  # steps; 0: at the end alone
-    keep_checkpoints: int = 2
-    best_metric: str = "ndcg@10"
-    early_stopping: int = 0  # evaluations without a better best_metric before stopping; 0: never
-    examples_shown: int = 3  # queries shown before and after
-    model: ModelConfig = field(default_factory=ModelConfig)
-    loss: LossConfig = field(default_factory=LossConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
-    wandb: WandbConfig = field(default_factory=WandbConfig)
-
-    def __post_init__(self) -> None:
-        _one_of("task", self.task, ("retrieval", "rerank"))
-        is_rerank = self.task == "rerank"
-        fitting = RERANK_LOSSES if is_rerank else CONTRASTIVE_LOSSES + SCORE_LOSSES
-        _require(
-            self.loss.kind in fitting,
-            f"loss.kind={self.loss.kind} does not fit task={self.task}; use one of"
-            f" {', '.join(fitting)}",
-        )
-        _require(
-            not (is_rerank and self.loss.dims),
-            f"loss.dims ({self.loss.dims}) are a retriever's; a reranker has none",
-        )
-        _require(
-            (self.model.num_labels > 1) == (self.loss.kind == "cross_entropy"),
-            f"model.num_labels ({self.model.num_labels}) above 1 and loss.kind=cross_entropy go"
-            f" together, got loss.kind={self.loss.kind}",
-        )
-        _require(
-            self.name not in ("", ".", "..")
-            and not set(self.name) & {"/", "\0", "\n"}
-            and len(self.name.encode()) <= 200,
-            f"name ({self.name!r}) must be the name of one folder: not empty, without / and at"
-            f" most 200 bytes;"
-            " runs_dir= says where it lies",
-        )
-        _require(self.seed >= 0, f"seed ({self.seed}) must be >= 0")
-        _require(self.log_every > 0, f"log_every ({self.log_every}) must be > 0")
-        for key in ("eval_every", "save_every", "early_stopping", "examples_shown"):
-            _require(getattr(self, key) >= 0, f"{key} ({getattr(self, key)}) must be >= 0")
-        _require(
-            self.keep_checkpoints >= 1, f"keep_checkpoints ({self.keep_checkpoints}) must be >= 1"
-        )
-        _require(
-            not self.early_stopping or self.eval_every > 0,
-            f"early_stopping ({self.early_stopping}) needs eval_every > 0, got {self.eval_every}",
-        )
-
-
-@dataclass
-class EvaluateConfig:
-    model: str = MISSING  # run directory, model folder or hub id; bm25, random, or a run file
-    data: str = MISSING  # BEIR folder, or anything data.formats reads
-    split: str = "test"
-    dims: list[int] = field(default_factory=list)  # empty: the full dimension
-    precision: str = "fp32"  # of the stored document vectors: fp32 | bf16 | int8 | binary
-    against: str | None = None  # another model, or an eval.json
-    # what puts candidates in order (a cross-encoder, or any model where one of these is set)
-    first_stage: str | None = None  # bm25 | retriever | run file; data: the data's own candidates
-    rerank_k: int = 100  # of the first stage's documents
-    also: list[str] = field(
-        default_factory=list
-    )  # beside the model: bm25 | random | retriever | cross-encoder | eval.json
-    texts: str | None = None  # BEIR folder that holds the texts, where data= is rows of ids
-    latency_queries: int = 20  # timed one at a time, for a cross-encoder
-    out: str | None = None  # folder for eval.json and run.trec
-    bm25: bool = True
-    top_k: int = 100
-    seed: int = 0  # of the bootstrap
-    encode_precision: str = "auto"  # auto | fp32 | bf16, of the encoder
-    batch_tokens: int = 0  # tokens encoded at once; 0: chosen by device
-    device: str = "auto"
-    columns: dict[str, str] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        _one_of("precision", self.precision, ("fp32", "bf16", "int8", "binary"))
-        _one_of("encode_precision", self.encode_precision, ("auto", "fp32", "bf16"))
-        _one_of("device", self.device, ("auto", "cpu", "cuda", "mps"))
-        _require(self.top_k >= 10, f"top_k ({self.top_k}) must be >= 10")
-        _require(all(d > 0 for d in self.dims), f"dims ({self.dims}) must be positive")
-        _require(self.rerank_k >= 1, f"rerank_k ({self.rerank_k}) must be >= 1")
-        _require(
-            self.latency_queries >= 0, f"latency_queries ({self.latency_queries}) must be >= 0"
-        )
-
-
-@dataclass
 class MineConfig:
     """Which passages become a query's hard negatives (data/negatives.py). Limits look at the
     model's score where a model is set, else at that of the one source.
@@ -633,6 +533,115 @@ class MineConfig:
             f"mine.veto_above ({self.veto_above}) is a probability, in [0, 1]; null: no veto",
         )
         _one_of("mine.choice", self.choice, ("top", "sample"))
+
+
+@dataclass
+class TrainConfig:
+    name: str = "run"  # runs/<name>/<overrides>/seed<k>/
+    seed: int = 0
+    task: str = "retrieval"  # retrieval | rerank
+    resume: bool = False
+    runs_dir: str = "runs"
+    dims: list[int] = field(
+        default_factory=list
+    )  # evaluated; empty: loss.dims, else the full dimension
+    log_every: int = 10  # steps
+    eval_every: int = 0  # steps; 0: at the end alone
+    save_every: int = 0  # steps; 0: at the end alone
+    keep_checkpoints: int = 2
+    best_metric: str = "ndcg@10"
+    early_stopping: int = 0  # evaluations without a better best_metric before stopping; 0: never
+    examples_shown: int = 3  # queries shown before and after
+    model: ModelConfig = field(default_factory=ModelConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    # ANCE: every mine_every steps the model mines negatives anew among the training passages, by
+    # the limits of mine (its sources, models and corpus are not used); 0: never
+    mine_every: int = 0
+    mine: MineConfig = field(default_factory=MineConfig)
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+
+    def __post_init__(self) -> None:
+        _one_of("task", self.task, ("retrieval", "rerank"))
+        is_rerank = self.task == "rerank"
+        fitting = RERANK_LOSSES if is_rerank else CONTRASTIVE_LOSSES + SCORE_LOSSES
+        _require(
+            self.loss.kind in fitting,
+            f"loss.kind={self.loss.kind} does not fit task={self.task}; use one of"
+            f" {', '.join(fitting)}",
+        )
+        _require(
+            not self.mine_every or not (is_rerank or self.loss.learns_scores),
+            f"mine_every ({self.mine_every}) mines by a retriever's own embeddings; with"
+            f" task={self.task} loss.kind={self.loss.kind} set it to 0",
+        )
+        _require(
+            not (is_rerank and self.loss.dims),
+            f"loss.dims ({self.loss.dims}) are a retriever's; a reranker has none",
+        )
+        _require(
+            (self.model.num_labels > 1) == (self.loss.kind == "cross_entropy"),
+            f"model.num_labels ({self.model.num_labels}) above 1 and loss.kind=cross_entropy go"
+            f" together, got loss.kind={self.loss.kind}",
+        )
+        _require(
+            self.name not in ("", ".", "..")
+            and not set(self.name) & {"/", "\0", "\n"}
+            and len(self.name.encode()) <= 200,
+            f"name ({self.name!r}) must be the name of one folder: not empty, without / and at"
+            f" most 200 bytes;"
+            " runs_dir= says where it lies",
+        )
+        _require(self.seed >= 0, f"seed ({self.seed}) must be >= 0")
+        _require(self.log_every > 0, f"log_every ({self.log_every}) must be > 0")
+        for key in ("eval_every", "save_every", "early_stopping", "examples_shown", "mine_every"):
+            _require(getattr(self, key) >= 0, f"{key} ({getattr(self, key)}) must be >= 0")
+        _require(
+            self.keep_checkpoints >= 1, f"keep_checkpoints ({self.keep_checkpoints}) must be >= 1"
+        )
+        _require(
+            not self.early_stopping or self.eval_every > 0,
+            f"early_stopping ({self.early_stopping}) needs eval_every > 0, got {self.eval_every}",
+        )
+
+
+@dataclass
+class EvaluateConfig:
+    model: str = MISSING  # run directory, model folder or hub id; bm25, random, or a run file
+    data: str = MISSING  # BEIR folder, or anything data.formats reads
+    split: str = "test"
+    dims: list[int] = field(default_factory=list)  # empty: the full dimension
+    precision: str = "fp32"  # of the stored document vectors: fp32 | bf16 | int8 | binary
+    against: str | None = None  # another model, or an eval.json
+    # what puts candidates in order (a cross-encoder, or any model where one of these is set)
+    first_stage: str | None = None  # bm25 | retriever | run file; data: the data's own candidates
+    rerank_k: int = 100  # of the first stage's documents
+    also: list[str] = field(
+        default_factory=list
+    )  # beside the model: bm25 | random | retriever | cross-encoder | eval.json
+    texts: str | None = None  # BEIR folder that holds the texts, where data= is rows of ids
+    latency_queries: int = 20  # timed one at a time, for a cross-encoder
+    out: str | None = None  # folder for eval.json and run.trec
+    bm25: bool = True
+    top_k: int = 100
+    seed: int = 0  # of the bootstrap
+    encode_precision: str = "auto"  # auto | fp32 | bf16, of the encoder
+    batch_tokens: int = 0  # tokens encoded at once; 0: chosen by device
+    device: str = "auto"
+    columns: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _one_of("precision", self.precision, ("fp32", "bf16", "int8", "binary"))
+        _one_of("encode_precision", self.encode_precision, ("auto", "fp32", "bf16"))
+        _one_of("device", self.device, ("auto", "cpu", "cuda", "mps"))
+        _require(self.top_k >= 10, f"top_k ({self.top_k}) must be >= 10")
+        _require(all(d > 0 for d in self.dims), f"dims ({self.dims}) must be positive")
+        _require(self.rerank_k >= 1, f"rerank_k ({self.rerank_k}) must be >= 1")
+        _require(
+            self.latency_queries >= 0, f"latency_queries ({self.latency_queries}) must be >= 0"
+        )
 
 
 @dataclass

@@ -143,8 +143,8 @@ def check_scores(store: TrainStore) -> None:
     if not any(np.isfinite(s).any() for s in scores):
         raise ValueError(
             "loss.kind=margin_mse and kl learn a teacher's scores, but no row has positive_scores"
-            " and negative_scores; python prepare.py 'stages=[mine]' mine.reranker=<reranker> writes"
-            " them"
+            " and negative_scores; python prepare.py 'stages=[mine]' mine.reranker=<reranker>"
+            " writes them"
         )
     for one in store.sets:
         alone = int((np.diff(one.positives.offsets) == 0).sum())

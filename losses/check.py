@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from conf.schema import TrainConfig
+from conf.schema import CONTRASTIVE_LOSSES, TrainConfig
 from losses import tiny
 from losses.comparisons import COMPARISONS, Row, Subject, compare_ranks, start_ranks
 from runtime.run_dir import write_json_atomic
@@ -46,6 +46,11 @@ def check(c: TrainConfig, *, sizes: Sequence[int] = (2, 3)) -> tuple[str, list[R
     sizes  numbers of processes to compare with one
     Raises ValueError where the model or the loss could not be built for training either.
     """
+    if c.loss.kind not in CONTRASTIVE_LOSSES:
+        raise ValueError(
+            f"losses.check compares contrastive losses ({', '.join(CONTRASTIVE_LOSSES)}), found"
+            f" loss.kind={c.loss.kind}; python -m pytest tests/losses proves the same of it"
+        )
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # a second thread wakes up for longer than such a model computes
     with tempfile.TemporaryDirectory() as name:

@@ -5,8 +5,16 @@ import sys
 
 import pytest
 
-from conf.cli import list_experiments, main
+from conf.cli import list_experiments, main, task_of
 from conf.schema import TrainConfig
+
+OWN = {
+    "retrieval": (
+        "model.max_query_length=32", "model.max_passage_length=32", "loss.dims=[8,4]",
+        "loss.dim_weights=[]",
+    ),
+    "rerank": ("model.max_pair_length=48", "data.in_batch_negatives=2"),
+}  # fmt: skip
 
 
 @pytest.mark.slow
@@ -17,8 +25,7 @@ def test_experiment_trains_two_steps(name, tiny_base, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     args = [
         f"+experiment={name}", "model=custom", f"model.base={tiny_base}", "data=toy",
-        "model.max_query_length=32", "model.max_passage_length=32", "loss.dims=[8,4]",
-        "loss.dim_weights=[]", "model.freeze=[]",
+        *OWN[task_of(name)], "model.freeze=[]",
         "optim.steps=2", "optim.batch_size=4", "runtime=cpu", "runtime.precision=fp32",
         "wandb=disabled", "log_every=1",
     ]  # fmt: skip
