@@ -35,7 +35,8 @@ setup: .venv/dev
 	@touch $@
 
 # every benchmark on this machine, one after the other, rows to benchmarks/data/; keep it otherwise
-# idle. On two cores without bf16 expect about two hours, of which the peers take more than half
+# idle. On two cores without bf16 expect about two hours, of which the peers take more than half.
+# DATA=<BEIR folder>: mining on it too
 bench: .venv/dev
 	$(BIN)/python -m benchmarks.step --csv
 	$(BIN)/python -m benchmarks.step --peer sentence-transformers-cached --csv
@@ -43,6 +44,7 @@ bench: .venv/dev
 	$(BIN)/python -m benchmarks.encode --csv
 	$(BIN)/python -m benchmarks.infonce --csv
 	$(BIN)/python -m benchmarks.memory --csv --figure
+	$(if $(DATA),$(BIN)/python -m benchmarks.mine --data $(DATA) --csv)
 
 # on a machine with a CUDA device, with its own Python: the GPU tests, then the benchmarks of the loss
 # in under 8 minutes; gpu-full goes on to 262k and to whole training steps, up to 40. OUT=folder for

@@ -152,10 +152,12 @@ def work_rook(args: argparse.Namespace) -> dict:
     from benchmarks.turns import PeakMemory, clock, device_name
     from conf.schema import MineConfig, PrepareConfig
     from data.negatives import mine_file
+    from models.pretrained import load_towers
     from runtime.device import pick_device, pick_precision
 
     case, device = args.case[0], pick_device(args.device)
     pool = read_pool(args)
+    load_towers(args.base)  # as the peer: imports and a first look at the disk are not counted
     mine = {"model": args.base}
     if case in ("fp32", "veto"):
         mine |= {"fraction": None, "near_duplicate": None}

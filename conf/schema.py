@@ -573,6 +573,11 @@ class TrainConfig:
             f" {', '.join(fitting)}",
         )
         _require(
+            not (self.mine_every and (self.loss.guide or self.loss.teacher)),
+            f"mine_every ({self.mine_every}) brings passages that loss.guide and loss.teacher have"
+            " not encoded; set one of them only",
+        )
+        _require(
             not self.mine_every or not (is_rerank or self.loss.learns_scores),
             f"mine_every ({self.mine_every}) mines by a retriever's own embeddings; with"
             f" task={self.task} loss.kind={self.loss.kind} set it to 0",

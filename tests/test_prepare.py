@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -251,8 +252,10 @@ def test_interrupted_and_started_again(tmp_path, pairs):
     command = [sys.executable, str(ROOT / "prepare.py"), *words, f"mine.corpus={corpus}"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
-        command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True
-    )
+        command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True,
+        # tests that a shell runs in the background would hand on that Ctrl-C is ignored
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
     for line in process.stderr:  # what it says first when it begins to mine
         if "mine:" in line:
             break

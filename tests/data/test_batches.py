@@ -549,7 +549,7 @@ def test_examples_are_counted_without_reading_them(mix, num_sets):
     store = TrainStore(sets, mix=mix)
     c = SimpleNamespace(
         seed=0,
-        loss=SimpleNamespace(query_negatives=False),
+        loss=SimpleNamespace(query_negatives=False, learns_scores=False),
         optim=SimpleNamespace(batch_size=16),
         data=SimpleNamespace(max_negatives=None),
     )
