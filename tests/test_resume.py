@@ -16,18 +16,31 @@ ROOT = Path(__file__).parents[1]
 STEPS = 24
 
 
-def command(tiny_base: Path, name: str, *more: str) -> list[str]:
+RETRIEVER = (
+    "model.max_query_length=32", "model.max_passage_length=32", "loss.learn_temperature=true",
+)  # fmt: skip
+WORKS = {
+    "retriever": RETRIEVER,
+    "mined anew": (
+        *RETRIEVER, "mine_every=5", "mine.fraction=null", "mine.near_duplicate=null",
+    ),
+    "reranker": (
+        "task=rerank", "loss=softmax", "data.in_batch_negatives=3", "model.max_pair_length=48",
+        "best_metric=mrr",
+    ),
+}  # fmt: skip
+
+
+def command(tiny_base: Path, name: str, *more: str, work: str = "retriever") -> list[str]:
     return [
         sys.executable,
         str(ROOT / "train.py"),
         "+experiment=toy",
         "model=custom",
         f"model.base={tiny_base}",
-        "model.max_query_length=32",
-        "model.max_passage_length=32",
+        *WORKS[work],
         f"optim.steps={STEPS}",
         "optim.batch_size=16",
-        "loss.learn_temperature=true",
         "model.dropout=0.2",
         "log_every=1",
         "save_every=3",
@@ -69,17 +82,19 @@ def assert_same(a, b) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_killed_at_random_points_ends_bit_for_bit_the_same(tiny_base, tmp_path):
+@pytest.mark.parametrize("work", WORKS)
+def test_a_run_killed_at_random_points_ends_bit_for_bit_the_same(work, tiny_base, tmp_path):
     """SIGKILL asks nobody: a checkpoint half-written, a metrics row half-written, a best link not
-    yet moved."""
+    yet moved. Mined negatives must be those of the weights that are gone."""
     env = os.environ | {"OMP_WAIT_POLICY": "passive"}
     subprocess.run(
-        command(tiny_base, "whole"), cwd=tmp_path, check=True, capture_output=True, env=env
-    )
+        command(tiny_base, "whole", work=work),
+        cwd=tmp_path, check=True, capture_output=True, env=env,
+    )  # fmt: skip
     rng = random.Random(0)
     kills = resumed = 0
     for attempt in range(40):
-        args = command(tiny_base, "killed", *(["resume=true"] if attempt else []))
+        args = command(tiny_base, "killed", *(["resume=true"] if attempt else []), work=work)
         process = subprocess.Popen(
             args, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=env
         )
@@ -100,6 +115,9 @@ def test_a_run_killed_at_random_points_ends_bit_for_bit_the_same(tiny_base, tmp_
     assert_same(state, whole_state)
     assert rows == whole_rows
     assert [r["step"] for r in rows if "loss" in r] == list(range(1, STEPS + 1))
+    mined = [file.name for file in sorted(run_dir(tmp_path, "killed").glob("mined/*"))]
+    due = range(5, STEPS, 5) if work == "mined anew" else ()
+    assert mined == [f"step_{step:08d}.npy" for step in due]
 
 
 def _kill_when_training(
