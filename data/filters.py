@@ -331,8 +331,7 @@ def _unlikely(pairs: list[Pair], c: PrepareConfig) -> dict[int, str]:
 def pair_probabilities(
     reranker: Any, pairs: Sequence[Pair], c: PrepareConfig, progress: str = ""
 ) -> np.ndarray:
-    """(P,) calibrated probability that each passage answers its query; of several labels the
-    expected one as a share of the highest."""
+    """(P,) calibrated probability that each passage answers its query."""
     from evals.rerank import score_pairs
 
     number_P = np.arange(len(pairs))
@@ -340,8 +339,5 @@ def pair_probabilities(
         reranker, [p.query for p in pairs], [p.passage for p in pairs],
         np.stack([number_P, number_P], axis=1), precision=c.precision,
         batch_tokens=c.batch_tokens, progress=progress,
-    ).astype(np.float64)  # fmt: skip
-    spec = reranker.spec
-    if spec.num_labels > 1:
-        return score_P / (spec.num_labels - 1)
-    return 1 / (1 + np.exp(-np.clip(score_P / spec.temperature, -500, 500)))
+    )  # fmt: skip
+    return reranker.spec.probability(score_P)

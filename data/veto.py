@@ -88,8 +88,4 @@ class Veto:
         return score
 
     def probability(self, score_P: np.ndarray) -> np.ndarray:
-        """Of being an answer, calibrated; of several labels the expected one over the highest."""
-        spec = self.reranker.spec
-        if spec.num_labels > 1:
-            return score_P / (spec.num_labels - 1)
-        return torch.from_numpy(score_P / np.float32(spec.temperature)).sigmoid().numpy()
+        return self.reranker.spec.probability(score_P)

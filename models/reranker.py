@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer, processors
 from torch import Tensor, nn
@@ -104,6 +105,14 @@ class RerankerSpec:
     temperature: float = 1.0  # calibration: probability = sigmoid(logit / temperature)
     query_prompt: str = ""
     passage_prompt: str = ""
+
+    def probability(self, score_P: np.ndarray) -> np.ndarray:
+        """(P,) float64, calibrated, that a passage answers its query, from ranking scores; of
+        several labels the expected one as a share of the highest."""
+        score_P = score_P.astype(np.float64)
+        if self.num_labels > 1:
+            return score_P / (self.num_labels - 1)
+        return 1 / (1 + np.exp(-np.clip(score_P / self.temperature, -500, 500)))
 
 
 class Reranker(nn.Module):
