@@ -20,9 +20,9 @@ from pathlib import Path
 
 import torch
 
-from conf.schema import CONTRASTIVE_LOSSES, TrainConfig
-from losses import tiny
-from losses.comparisons import COMPARISONS, Row, Subject, compare_ranks, start_ranks
+from conf.schema import TrainConfig
+from losses import comparisons, comparisons_rerank, tiny
+from losses.comparisons import Row
 from runtime.run_dir import write_json_atomic
 
 HELP = """\
@@ -46,26 +46,25 @@ def check(c: TrainConfig, *, sizes: Sequence[int] = (2, 3)) -> tuple[str, list[R
     sizes  numbers of processes to compare with one
     Raises ValueError where the model or the loss could not be built for training either.
     """
-    if c.loss.kind not in CONTRASTIVE_LOSSES:
-        raise ValueError(
-            f"losses.check compares contrastive losses ({', '.join(CONTRASTIVE_LOSSES)}), found"
-            f" loss.kind={c.loss.kind}; python -m pytest tests/losses proves the same of it"
-        )
+    of = comparisons_rerank if c.task == "rerank" else comparisons
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # a second thread wakes up for longer than such a model computes
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         small, model = tiny.shrink(c, folder / "base")
-        processes = start_ranks(small, folder, sizes)
+        processes = comparisons.start_ranks(small, folder, sizes, of.work_as)
         try:
-            subject = Subject(small)
-            rows = [row for compare in COMPARISONS for row in compare(subject)]
-            rows += compare_ranks(subject, processes, folder, sizes)
+            subject = of.Subject(small)
+            rows = [row for compare in of.COMPARISONS for row in compare(subject)]
+            rows += of.compare_ranks(subject, processes, folder, sizes)
         finally:
             for process in processes:
                 process.kill()
                 process.join()  # it may be writing to the folder that goes now
             torch.set_num_threads(threads)
+    if c.task == "rerank":
+        spec = subject.model.spec
+        return f"{model}, {spec.head} head on {spec.pooling}; {c.loss.kind}", rows
     spec = subject.towers.spec
     return f"{model}, {spec.kind} tower, {spec.pooling} pooling; {c.loss.kind}", rows
 

@@ -174,10 +174,10 @@ def direct(
             number += 1
         embeddings.append(torch.cat(parts)[torch.tensor(order).argsort()])
     loss_fn = dense_loss(subject.loss, subject.c.seed) if loss_fn is None else loss_fn
-    _forget(towers)
+    forget(towers)
     loss, _ = loss_fn(*embeddings, targets_on(s.batch, CPU, step=step, guide=s.guide))
     loss.backward()
-    return Values(loss.detach(), _gradients(towers, loss_fn))
+    return Values(loss.detach(), gradients_of(towers, loss_fn))
 
 
 def cached(
@@ -197,13 +197,13 @@ def cached(
     batch  this rank's part of the sample's; None: all of it
     """
     loss_fn = exact_loss(subject.loss, subject.c.seed) if loss_fn is None else loss_fn
-    _forget(towers, loss_fn)
+    forget(towers, loss_fn)
     loss, numbers = train_step(
         towers, loss_fn, batch or s.batch, seed=subject.c.seed, step=step, device=CPU,
         chunk_tokens=chunk_tokens, autocast=nullcontext, activation_budget_mib=budget_mib,
         ranks=ranks, guide=s.guide,
     )  # fmt: skip
-    return Values(loss, _gradients(towers, loss_fn)), float(numbers["replayed_share"])
+    return Values(loss, gradients_of(towers, loss_fn)), float(numbers["replayed_share"])
 
 
 def on_embeddings(
@@ -211,18 +211,18 @@ def on_embeddings(
 ) -> Values:
     """A loss module by itself: gradients of the embeddings and of its own parameters."""
     q_AD, p_ND = (x.detach().requires_grad_() for x in (q_AD, p_ND))
-    _forget(loss_fn)
+    forget(loss_fn)
     loss, _ = loss_fn(q_AD, p_ND, targets, **options)
     loss.backward()
-    return Values(loss.detach(), {"q": q_AD.grad, "p": p_ND.grad} | _gradients(loss_fn))
+    return Values(loss.detach(), {"q": q_AD.grad, "p": p_ND.grad} | gradients_of(loss_fn))
 
 
-def _forget(*modules: nn.Module) -> None:
+def forget(*modules: nn.Module) -> None:
     for module in modules:
         module.zero_grad(set_to_none=True)
 
 
-def _gradients(*modules: nn.Module) -> dict[str, Tensor]:
+def gradients_of(*modules: nn.Module) -> dict[str, Tensor]:
     named = [pair for module in modules for pair in module.named_parameters()]
     return {name: p.grad.clone() for name, p in named if p.grad is not None}
 
@@ -401,7 +401,7 @@ def compare_dims(s: Subject) -> Iterator[Row]:
         prefixes = [x if d == D else F.normalize(x[:, :d], dim=1) for x in (q, p)]
         expected = expected + weight * alone(*prefixes, targets)[0]
     expected.backward()
-    one_by_one = Values(expected.detach(), {"q": q.grad, "p": p.grad} | _gradients(alone))
+    one_by_one = Values(expected.detach(), {"q": q.grad, "p": p.grad} | gradients_of(alone))
     found = on_embeddings(exact_loss(c, s.c.seed), q_AD, p_ND, targets)
     what = f"dims {', '.join(map(str, dims))} against one loss a dim"
     yield Row("one Matryoshka sweep", what, difference(found, one_by_one), EXACT)
@@ -440,6 +440,8 @@ def compare_margins(s: Subject) -> Iterator[Row]:
 
 
 def compare_precision(s: Subject) -> Iterator[Row]:
+    if s.loss.learns_scores:  # a loss of differences, that has no small values to lose
+        return
     targets = one_answer_each()
     worst_bf16, all_losses = 0.0, []
     for temperature in (1.0, 0.1, 0.03, 0.01):
@@ -463,6 +465,8 @@ def compare_precision(s: Subject) -> Iterator[Row]:
 
 
 def compare_extremes(s: Subject) -> Iterator[Row]:
+    if s.loss.learns_scores:
+        return
     q_AD, p_ND = leaning(0.0)
     away_D = F.normalize(p_ND.sum(0), dim=0)
     p_ND = F.normalize(p_ND - (p_ND @ away_D)[:, None] * away_D, dim=1)
@@ -545,14 +549,17 @@ COMPARISONS: tuple[Callable[[Subject], Iterable[Row]], ...] = (
 # ---- several processes ---------------------------------------------------------------------------
 
 
-def start_ranks(c: TrainConfig, folder: Path, sizes: Sequence[int]) -> list[Any]:
+def start_ranks(
+    c: TrainConfig, folder: Path, sizes: Sequence[int], work: Callable[..., None]
+) -> list[Any]:
     """Start as many processes as the largest of `sizes`; each writes its results to `folder`.
 
-    c  the shrunken experiment
+    c     the shrunken experiment
+    work  (rank, c, folder, sizes), at the top level of a module
     """
     spawn = multiprocessing.get_context("spawn")
     processes = [
-        spawn.Process(target=_work_as, args=(rank, c, folder, tuple(sizes)), daemon=True)
+        spawn.Process(target=work, args=(rank, c, folder, tuple(sizes)), daemon=True)
         for rank in range(max(sizes, default=0))
     ]
     for process in processes:
@@ -560,7 +567,7 @@ def start_ranks(c: TrainConfig, folder: Path, sizes: Sequence[int]) -> list[Any]
     return processes
 
 
-def _work_as(rank: int, c: TrainConfig, folder: Path, sizes: Sequence[int]) -> None:
+def work_as(rank: int, c: TrainConfig, folder: Path, sizes: Sequence[int]) -> None:
     torch.set_num_threads(1)
     logging.basicConfig(level=logging.WARNING)
     subject = Subject(c)

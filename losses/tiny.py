@@ -21,8 +21,8 @@ from tokenizers.models import WordLevel
 from torch import Tensor
 
 from conf.schema import TrainConfig
-from data.batches import Batch
-from models.build import build_model
+from data.batches import Batch, ScoredPairs
+from models.build import build_model, build_reranker
 from models.pretrained import (
     LAYOUTS,
     encoder_config,
@@ -32,6 +32,7 @@ from models.pretrained import (
     resolve_base,
     why_not_packed,
 )
+from models.reranker import Reranker
 from models.towers import Towers
 from models.transformer import Encoder
 
@@ -56,6 +57,8 @@ def shrink(c: TrainConfig, folder: Path) -> tuple[TrainConfig, str]:
     """
     base = _base_folder(c)
     encoders = {"": BERT} if base is None else _encoders(base)
+    if c.task == "rerank":  # one encoder below a fresh head, whatever the folder has on top
+        encoders = {"": next(iter(encoders.values()))}
     big = next(iter(encoders.values()))
     big = {"hidden_size": big.get("d_model"), "num_hidden_layers": big.get("num_layers")} | big
     adapter = c.model.adapter
@@ -68,7 +71,7 @@ def shrink(c: TrainConfig, folder: Path) -> tuple[TrainConfig, str]:
 
     width = big["hidden_size"]
     folder.mkdir(parents=True, exist_ok=True)
-    if base is not None and (base / "modules.json").is_file():
+    if c.task != "rerank" and base is not None and (base / "modules.json").is_file():
         width = _copy_structure(base, folder, scaled, width)
     for number, (place, config) in enumerate(encoders.items()):
         _write_encoder(folder / place, config, hidden, seed=number)
@@ -93,6 +96,7 @@ def shrink(c: TrainConfig, folder: Path) -> tuple[TrainConfig, str]:
         passage_prompt="",
         max_query_length=None,
         max_passage_length=None,
+        max_pair_length=None,
         freeze=[_scaled_freeze(part, big["num_hidden_layers"]) for part in c.model.freeze],
     )
     loss = dataclasses.replace(c.loss, dims=_scaled_dims(c.loss.dims, width, scaled(width)))
@@ -111,6 +115,15 @@ def build(tiny: TrainConfig, *, dropout: float) -> Towers:
     for tower in (towers.query, towers.passage):
         tower.encoder.activation_checkpointing = tiny.runtime.activation_checkpointing
     return towers
+
+
+def build_rerank(tiny: TrainConfig, *, dropout: float) -> Reranker:
+    """The shrunken experiment's reranker in float64; always the same for one seed."""
+    torch.manual_seed(tiny.seed)
+    off = {} if dropout else {"attention_dropout": 0.0}
+    reranker = build_reranker(dataclasses.replace(tiny.model, dropout=dropout, **off)).double()
+    reranker.encoder.activation_checkpointing = tiny.runtime.activation_checkpointing
+    return reranker
 
 
 def dropout_of(tiny: TrainConfig) -> float:
@@ -299,8 +312,23 @@ def sample(
         passage_prompt_tokens_N=skipped(passage_tokens),
         example_ids=[f"e{i}" for i in range(len(examples))],
         query_relatives_BK=_listed(related),
+        scored=_scored(answers, N, num_negatives, rng),
     )
     return Sample(batch, Guide(unit(A), unit(N)), keep_AN)
+
+
+def _scored(
+    answers: list[list[int]], N: int, num_negatives: int, rng: np.random.Generator
+) -> ScoredPairs:
+    """Each query with its answers and the last hard negatives, one score missing."""
+    negatives = range(N - min(3, num_negatives), N)
+    pairs = [
+        (q, p, float(p in own)) for q, own in enumerate(answers) for p in sorted({*own, *negatives})
+    ]
+    query, passage, label = (np.array(x) for x in zip(*pairs, strict=True))
+    score = rng.standard_normal(len(pairs)).astype(np.float32)
+    score[-1] = np.nan
+    return ScoredPairs(query, passage, label.astype(np.float32), score)
 
 
 def share_of(
@@ -309,6 +337,8 @@ def share_of(
     """A rank's part: queries query_cuts[rank] up to the next cut, and so for passages."""
     (q_lo, q_hi), (p_lo, p_hi) = query_cuts[rank : rank + 2], passage_cuts[rank : rank + 2]
     is_mine_P = (batch.pair_query_P >= q_lo) & (batch.pair_query_P < q_hi)
+    own = batch.scored
+    is_mine_S = (own.query_P >= q_lo) & (own.query_P < q_hi)
     return dataclasses.replace(
         batch,
         query_tokens=batch.query_tokens[q_lo:q_hi],
@@ -323,6 +353,10 @@ def share_of(
         passage_prompt_tokens_N=batch.passage_prompt_tokens_N[p_lo:p_hi],
         query_offset=q_lo,
         query_relatives_BK=batch.query_relatives_BK[q_lo:q_hi],
+        scored=ScoredPairs(
+            own.query_P[is_mine_S] - q_lo,
+            *(x[is_mine_S] for x in (own.passage_P, own.label_P, own.score_P)),
+        ),
     )
 
 
