@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from conf.schema import EvaluateConfig
+    from conf.schema import EvaluateConfig, SourceConfig
     from data.records import RerankSet, RetrievalSet
     from evals.eval_file import System
     from evals.metrics import Metrics
@@ -68,7 +68,8 @@ def retrieve(c: "EvaluateConfig") -> tuple[dict[str, Any], "dict[str, Hits]"]:
     from evals.eval_file import is_eval, read_eval
     from evals.metrics import names_up_to
 
-    data = read_retrieval_set(SourceConfig(root=c.data, columns=c.columns), c.split)
+    source = SourceConfig(root=c.data, columns=c.columns)
+    data = read_retrieval_set(source, split_in(source, c.split))
     names = names_up_to(c.top_k)
     other = read_eval(Path(c.against), data) if c.against and is_eval(Path(c.against)) else None
     system = evaluate_model(c.model, data, c, names)
@@ -195,13 +196,23 @@ def read_candidates(c: "EvaluateConfig") -> "RerankSet":
     from data.formats import read_rerank_set
 
     source = SourceConfig(root=c.data, texts=c.texts, columns=c.columns)
-    data = read_rerank_set(source, c.split)
+    data = read_rerank_set(source, split_in(source, c.split))
     if c.first_stage in (None, "data") and data.candidates is None:
         raise ValueError(
             f"{c.model} puts candidates in order, and data={c.data} brings none; add"
             " first_stage=bm25 (or a retriever, or a run file), or name a file of labelled rows"
         )
     return data
+
+
+def split_in(source: "SourceConfig", split: str) -> str | None:
+    """`split`, or None, which is all rows, for one file that has no splits."""
+    from data.formats import available_splits
+
+    if split == "test" and Path(str(source.root)).is_file() and not available_splits(source):
+        log.info("%s has no splits: every row of it is evaluated", source.root)
+        return None
+    return split
 
 
 def describe(candidates: Mapping[str, list[str]], data: "RetrievalSet") -> dict[str, float]:

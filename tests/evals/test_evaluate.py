@@ -177,3 +177,14 @@ def test_importing_evaluate_loads_nothing_heavy():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_a_file_without_splits_is_evaluated_whole(tmp_path):
+    """A user's own rows in one file are a test set; asked for another split they are none."""
+    rows = [{"query": f"the {w}", "positive": f"{w} and more"} for w in ("fox", "pear", "cloud")]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    result = evaluate.run(config("bm25", path))
+    assert result["num_queries"] == 3 and result["metrics"]["bm25"]["accuracy@1"] == 1
+    with pytest.raises(ValueError, match="no splits of its own, so there is no 'dev'"):
+        evaluate.run(config("bm25", path, split="dev"))
