@@ -202,15 +202,24 @@ class Norm(nn.LayerNorm):
         return F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
 
 
+def embedding(rows: int, width: int) -> nn.Embedding:
+    """nn.Embedding; on the meta device nothing is drawn, for which torch would first import its
+    compiler (two seconds of every program's start)."""
+    weight = torch.empty(rows, width)
+    if weight.is_meta:
+        return nn.Embedding.from_pretrained(weight, freeze=False)
+    return nn.Embedding(rows, width)
+
+
 class Embeddings(nn.Module):
     def __init__(self, c: EncoderConfig):
         super().__init__()
         self.position_offset = c.position_offset
-        self.word = nn.Embedding(c.vocab_size, c.hidden)
+        self.word = embedding(c.vocab_size, c.hidden)
         self.position = (
-            None if c.is_modern else nn.Embedding(c.max_positions + c.position_offset, c.hidden)
+            None if c.is_modern else embedding(c.max_positions + c.position_offset, c.hidden)
         )
-        self.token_type = nn.Embedding(c.type_vocab, c.hidden) if c.type_vocab else None
+        self.token_type = embedding(c.type_vocab, c.hidden) if c.type_vocab else None
         self.norm = Norm(c.hidden, eps=c.norm_eps, bias=c.norm_bias)
         self.dropout = Dropout(c.dropout)
 
@@ -316,7 +325,7 @@ class Encoder(nn.Module):
         self.activation_checkpointing = False
         self.embeddings = Embeddings(c)
         self.relative_bias = (
-            nn.Embedding(c.relative_buckets, c.num_heads) if c.relative_buckets else None
+            embedding(c.relative_buckets, c.num_heads) if c.relative_buckets else None
         )
         self.layers = nn.ModuleList(Layer(c, i) for i in range(c.num_layers))
         self.final_norm = Norm(c.hidden, eps=c.norm_eps, bias=c.norm_bias) if c.is_modern else None

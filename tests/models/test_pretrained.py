@@ -537,3 +537,14 @@ assert "transformers" not in sys.modules and "sentence_transformers" not in sys.
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_reading_a_model_leaves_the_compiler_alone(tiny_base):
+    """torch imports it to draw an embedding on the meta device: two seconds of every start."""
+    code = (
+        "import sys; from models.pretrained import load_towers; load_towers(sys.argv[1]);"
+        " sys.exit('torch._dynamo' in sys.modules)"
+    )
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", code, str(tiny_base)], cwd=root)
+    assert done.returncode == 0
