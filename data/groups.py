@@ -43,6 +43,8 @@ class GroupBatch:
                         at all
     num_examples(_global), num_pairs_global   groups of this rank, of all; pairs of all
     example_ids         ids of this rank's groups, read when looked at
+    num_positives_global  pairs with a grade, of all ranks; None: of this rank
+    num_many_global     groups of two pairs or more, of all ranks; None: of this rank
     """
 
     pair_tokens: list[np.ndarray]
@@ -54,6 +56,17 @@ class GroupBatch:
     num_examples_global: int
     num_pairs_global: int
     example_ids: Sequence[str]
+    num_positives_global: int | None = None
+    num_many_global: int | None = None
+
+    def __post_init__(self) -> None:
+        own = {
+            "num_positives_global": int((self.label_P > 0).sum()),
+            "num_many_global": int((np.bincount(self.group_P) > 1).sum()),
+        }
+        for name, count in own.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, count)
 
     @property
     def num_tokens(self) -> int:
@@ -156,6 +169,8 @@ class GroupBatches(Batches):
             num_examples_global=len(example_E),
             num_pairs_global=len(owner),
             example_ids=ExampleIds(store, example_E[low:high]),
+            num_positives_global=int((label > 0).sum()),
+            num_many_global=int((np.bincount(owner) > 1).sum()),
         )
 
     def _lengths(self, query: np.ndarray, passage: np.ndarray) -> np.ndarray:

@@ -52,11 +52,11 @@ def check(c: TrainConfig, *, sizes: Sequence[int] = (2, 3)) -> tuple[str, list[R
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         small, model = tiny.shrink(c, folder / "base")
-        processes = comparisons.start_ranks(small, folder, sizes, of.work_as)
+        processes = comparisons.start_ranks(of.Subject, small, folder, sizes)
         try:
             subject = of.Subject(small)
             rows = [row for compare in of.COMPARISONS for row in compare(subject)]
-            rows += of.compare_ranks(subject, processes, folder, sizes)
+            rows += comparisons.compare_ranks(subject, processes, folder, sizes)
         finally:
             for process in processes:
                 process.kill()

@@ -86,6 +86,30 @@ class Subject:
         """Whether losses/specification.py knows this loss; else it is compared with itself."""
         return self.loss.kind in KINDS
 
+    without = "ranks without queries, passages or both"  # what the splits below hold
+
+    def whole(self, s: Sample) -> "Values":
+        return direct(self, s, self.towers)
+
+    def splits(self, size: int) -> Iterator[tuple[str, Sample, Callable[[Ranks], "Values"]]]:
+        """(name, batch, a rank's step on its part) of every way to cut a batch over ranks."""
+
+        def step(s: Sample, cuts: tuple, budget_mib: float, ranks: Ranks) -> Values:
+            part = share_of(s.batch, ranks.rank, *cuts)
+            return cached(
+                self, s, self.towers, batch=part, budget_mib=budget_mib, ranks=ranks
+            )[0]  # fmt: skip
+
+        for b, s in enumerate((self.sample, self.small)):
+            totals = len(s.batch.query_tokens), len(s.batch.passage_tokens)
+            for k, shares in enumerate(CUTS[size]):
+                cuts = tuple(
+                    [math.floor(share * n) for share in side]
+                    for side, n in zip(shares, totals, strict=True)
+                )
+                for budget in (math.inf, 0.0):
+                    yield f"{size}-{b}-{k}-{budget}", s, functools.partial(step, s, cuts, budget)
+
     def embeddings(self, s: Sample) -> tuple[Tensor, Tensor]:
         """Random unit q_AD, p_ND for a batch."""
         rng = torch.Generator().manual_seed(0)
@@ -550,16 +574,16 @@ COMPARISONS: tuple[Callable[[Subject], Iterable[Row]], ...] = (
 
 
 def start_ranks(
-    c: TrainConfig, folder: Path, sizes: Sequence[int], work: Callable[..., None]
+    make: Callable[[TrainConfig], Any], c: TrainConfig, folder: Path, sizes: Sequence[int]
 ) -> list[Any]:
     """Start as many processes as the largest of `sizes`; each writes its results to `folder`.
 
+    make  the class Subject, of this module or of comparisons_rerank
     c     the shrunken experiment
-    work  (rank, c, folder, sizes), at the top level of a module
     """
     spawn = multiprocessing.get_context("spawn")
     processes = [
-        spawn.Process(target=work, args=(rank, c, folder, tuple(sizes)), daemon=True)
+        spawn.Process(target=_work_as, args=(rank, make, c, folder, tuple(sizes)), daemon=True)
         for rank in range(max(sizes, default=0))
     ]
     for process in processes:
@@ -567,52 +591,43 @@ def start_ranks(
     return processes
 
 
-def work_as(rank: int, c: TrainConfig, folder: Path, sizes: Sequence[int]) -> None:
+def _work_as(
+    rank: int,
+    make: Callable[[TrainConfig], Any],
+    c: TrainConfig,
+    folder: Path,
+    sizes: Sequence[int],
+) -> None:
     torch.set_num_threads(1)
     logging.basicConfig(level=logging.WARNING)
-    subject = Subject(c)
+    subject = make(c)
     for size in (size for size in sizes if rank < size):
         dist.init_process_group(
             "gloo", init_method=f"file://{folder}/group{size}", rank=rank, world_size=size,
             timeout=timedelta(seconds=120),
         )  # fmt: skip
-        ranks = Ranks(rank, size)
-        for name, s, cuts, budget in _splits(subject, size):
-            part = share_of(s.batch, rank, *cuts)
-            found, _ = cached(
-                subject, s, subject.towers, batch=part, budget_mib=budget, ranks=ranks
-            )
+        for name, _, step in subject.splits(size):
+            found = step(Ranks(rank, size))
             torch.save((found.loss, found.gradients), folder / f"{name}-{rank}.pt")
         dist.destroy_process_group()
 
 
-def _splits(subject: Subject, size: int) -> Iterator[tuple[str, Sample, tuple, float]]:
-    """(name, sample, (query cuts, passage cuts), budget) of every way to cut a batch."""
-    for b, s in enumerate((subject.sample, subject.small)):
-        totals = len(s.batch.query_tokens), len(s.batch.passage_tokens)
-        for k, shares in enumerate(CUTS[size]):
-            cuts = tuple(
-                [math.floor(share * n) for share in side]
-                for side, n in zip(shares, totals, strict=True)
-            )
-            for budget in (math.inf, 0.0):
-                yield f"{size}-{b}-{k}-{budget}", s, cuts, budget
-
-
 def compare_ranks(
-    s: Subject, processes: Sequence[Any], folder: Path, sizes: Sequence[int]
+    subject: Any, processes: Sequence[Any], folder: Path, sizes: Sequence[int]
 ) -> Iterator[Row]:
     """Wait for the processes; every rank's loss and gradients against those of one process."""
     for process in processes:
         process.join(timeout=300)
     is_whole = all(process.exitcode == 0 for process in processes)
-    expected = {id(x): direct(s, x, s.towers) for x in (s.sample, s.small)}
     for size in sizes:
         worst = 0.0 if is_whole else math.inf
-        for name, x, _, _ in _splits(s, size) if is_whole else ():
+        expected: dict[int, Values] = {}
+        for name, batch, _ in subject.splits(size) if is_whole else ():
+            if id(batch) not in expected:
+                expected[id(batch)] = subject.whole(batch)
             for rank in range(size):
                 found = Values(*torch.load(folder / f"{name}-{rank}.pt"))
-                worst = larger(worst, difference(found, expected[id(x)]))
-        what = "ragged; ranks without queries, passages or both; against one process"
+                worst = larger(worst, difference(found, expected[id(batch)]))
+        what = f"ragged; {subject.without}; against one process"
         what = what if is_whole else "a process failed (its message is above)"
         yield Row(f"{size} processes", what, worst, EXACT)

@@ -4,17 +4,13 @@ Shapes: P pairs, G groups.
 """
 
 import dataclasses
-import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
-from datetime import timedelta
-from pathlib import Path
-from typing import Any
+from functools import partial
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from conf.schema import TrainConfig
@@ -42,6 +38,24 @@ class Subject:
         types = self.model.encoder.config.type_vocab > 1
         self.batch = groups_of((4, 1, 6, 3, 2), c, seed=1, has_types=types)
         self.small = groups_of((2,), c, seed=2, has_types=types)
+
+    without = "ranks without groups"  # what the splits below hold
+
+    def whole(self, batch: GroupBatch) -> Values:
+        return direct(self, batch, self.model)
+
+    def splits(self, size: int) -> Iterator[tuple[str, GroupBatch, Callable[[Ranks], Values]]]:
+        """As comparisons.Subject.splits."""
+
+        def step(batch: GroupBatch, cuts: list[int], budget_mib: float, ranks: Ranks) -> Values:
+            part = share_of(batch, *cuts[ranks.rank : ranks.rank + 2])
+            return cached(self, part, self.model, budget_mib=budget_mib, ranks=ranks)[0]
+
+        for b, batch in enumerate((self.batch, self.small)):
+            for k, shares in enumerate(CUTS[size]):
+                cuts = [math.floor(share * batch.num_examples) for share in shares]
+                for budget in (math.inf, 0.0):
+                    yield f"{size}-{b}-{k}-{budget}", batch, partial(step, batch, cuts, budget)
 
 
 def groups_of(
@@ -179,6 +193,8 @@ def compare_mean(s: Subject) -> Iterator[Row]:
         num_examples=2 * num,
         num_examples_global=2 * num,
         num_pairs_global=2 * b.num_pairs_global,
+        num_positives_global=None,
+        num_many_global=None,
     )
     found, _ = cached(s, twice, s.model)
     error = difference(found, direct(s, b, s.model))
@@ -191,51 +207,3 @@ COMPARISONS: tuple[Callable[[Subject], Iterable[Row]], ...] = (
     compare_budgets,
     compare_mean,
 )
-
-
-# ---- several processes ---------------------------------------------------------------------------
-
-
-def work_as(rank: int, c: TrainConfig, folder: Path, sizes: Sequence[int]) -> None:
-    """What comparisons.start_ranks runs: this rank's results, to `folder`."""
-    torch.set_num_threads(1)
-    logging.basicConfig(level=logging.WARNING)
-    s = Subject(c)
-    for size in (size for size in sizes if rank < size):
-        dist.init_process_group(
-            "gloo", init_method=f"file://{folder}/group{size}", rank=rank, world_size=size,
-            timeout=timedelta(seconds=120),
-        )  # fmt: skip
-        for name, batch, cuts, budget in _splits(s, size):
-            part = share_of(batch, *cuts[rank : rank + 2])
-            found, _ = cached(s, part, s.model, budget_mib=budget, ranks=Ranks(rank, size))
-            torch.save((found.loss, found.gradients), folder / f"{name}-{rank}.pt")
-        dist.destroy_process_group()
-
-
-def _splits(s: Subject, size: int) -> Iterator[tuple[str, GroupBatch, list[int], float]]:
-    """(name, batch, cuts, budget) of every way to cut a batch."""
-    for b, batch in enumerate((s.batch, s.small)):
-        for k, shares in enumerate(CUTS[size]):
-            cuts = [math.floor(share * batch.num_examples) for share in shares]
-            for budget in (math.inf, 0.0):
-                yield f"{size}-{b}-{k}-{budget}", batch, cuts, budget
-
-
-def compare_ranks(
-    s: Subject, processes: Sequence[Any], folder: Path, sizes: Sequence[int]
-) -> Iterator[Row]:
-    """Wait for the processes; every rank's loss and gradients against those of one process."""
-    for process in processes:
-        process.join(timeout=300)
-    is_whole = all(process.exitcode == 0 for process in processes)
-    expected = {id(b): direct(s, b, s.model) for b in (s.batch, s.small)}
-    for size in sizes:
-        worst = 0.0 if is_whole else math.inf
-        for name, batch, _, _ in _splits(s, size) if is_whole else ():
-            for rank in range(size):
-                found = Values(*torch.load(folder / f"{name}-{rank}.pt"))
-                worst = larger(worst, difference(found, expected[id(batch)]))
-        what = "ragged; ranks without groups; against one process"
-        what = what if is_whole else "a process failed (its message is above)"
-        yield Row(f"{size} processes", what, worst, EXACT)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from conf.schema import LossConfig
 from losses.infonce import Targets, dims_of_step, mean_scores
-from losses.rerank import RerankLoss
+from losses.rerank import Groups, RerankLoss
 from losses.similarity import positive_scores
 from runtime.distributed import SINGLE, Ranks
 
@@ -44,7 +44,8 @@ class ScoreDistillation(nn.Module):
         one = q_BD.new_ones(())
         of = targets.scored
         cos_MP = positive_scores(q_BD, p_ND, one, of.group_P, targets.scored_passage_P, dims=dims)
-        loss_M = torch.stack([self.on_scores.loss(cos_P[:, None], of) for cos_P in cos_MP])
+        groups = Groups(of)
+        loss_M = torch.stack([self.on_scores.loss(cos_P[:, None], of, groups) for cos_P in cos_MP])
         numbers = mean_scores(
             q_BD, p_ND, targets, max([*self.c.dims, *dims]), 1 / self.temperature.to(one)
         )

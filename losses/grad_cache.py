@@ -51,13 +51,10 @@ def seed_chunk(seed: int, step: int, rank: int, chunk: int) -> None:
     torch.manual_seed(int(state >> np.uint64(1)))
 
 
-Texts = list[np.ndarray] | list[tuple[np.ndarray, np.ndarray]]
-
-
-def texts_of(batch: Batch | GroupBatch, side: str) -> Texts:
-    """Token ids of the texts of one side; (ids, types) of pairs."""
+def texts_of(batch: Batch | GroupBatch, side: str) -> list[np.ndarray]:
+    """Token ids of the texts of one side."""
     if isinstance(batch, GroupBatch):
-        return list(zip(batch.pair_tokens, batch.pair_types, strict=True))
+        return batch.pair_tokens
     return batch.query_tokens if side == "query" else batch.passage_tokens
 
 
@@ -71,8 +68,8 @@ def pieces(
     """(side, which texts, their pack) for every chunk of a batch, longest texts first; a side
     without texts has no chunk."""
     for side in sides_of(batch):
-        texts = batch.pair_tokens if isinstance(batch, GroupBatch) else texts_of(batch, side)
-        for rows in chunks(np.array([len(t) for t in texts]), chunk_tokens):
+        lengths = np.array([len(t) for t in texts_of(batch, side)])
+        for rows in chunks(lengths, chunk_tokens):
             yield side, rows, packed_rows(batch, side, rows, device)
 
 
@@ -80,9 +77,9 @@ def packed_rows(
     batch: Batch | GroupBatch, side: str, rows: np.ndarray, device: torch.device
 ) -> Packed:
     """Texts of one side of a batch, by number, laid end to end."""
-    texts = texts_of(batch, side)
     if isinstance(batch, GroupBatch):
-        return pack_pairs([texts[i] for i in rows], device)
+        return pack_pairs([(batch.pair_tokens[i], batch.pair_types[i]) for i in rows], device)
+    texts = texts_of(batch, side)
     skip = batch.query_prompt_tokens_B if side == "query" else batch.passage_prompt_tokens_N
     return pack([texts[i] for i in rows], device, skip=skip[rows] if skip.any() else None)
 
@@ -132,6 +129,8 @@ def group_targets_on(batch: GroupBatch, device: torch.device, *, step: int = 0) 
         num_groups_global=batch.num_examples_global,
         num_pairs_global=batch.num_pairs_global,
         step=step,
+        num_positives_global=batch.num_positives_global,
+        num_many_global=batch.num_many_global,
     )
 
 

@@ -53,6 +53,8 @@ class GroupTargets:
     score_P    teacher scores, float32, NaN where the data has none; None: none at all
     num_groups_global  groups of all ranks: the divisor of a mean over groups
     num_pairs_global   pairs of all ranks: the divisor of bce and cross_entropy
+    num_positives_global, num_many_global  pairs with a grade, and groups of two pairs or more, of
+               all ranks: divisors of the numbers that are logged; None: of this rank
     step       0-based; no loss here draws anything
     """
 
@@ -62,6 +64,8 @@ class GroupTargets:
     num_groups_global: int
     num_pairs_global: int
     step: int = 0
+    num_positives_global: int | None = None
+    num_many_global: int | None = None
 
 
 class RerankLoss(nn.Module):
@@ -84,17 +88,18 @@ class RerankLoss(nn.Module):
         self, logits_PL: Tensor, targets: GroupTargets, ranks: Ranks = SINGLE
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """This rank's share of the loss and of its numbers; sums over ranks are the global values.
+        No collective: what all ranks have in common is in the targets.
 
         logits_PL  this rank's pairs, in the order of the targets; P may be 0
         numbers    "positive_score", "negative_score": mean logit (expected label, where L > 1) of
                    the pairs with a grade and without; "spread": mean over groups of two or more of
                    the standard deviation of their scores. Before the temperature.
         """
-        return self.loss(logits_PL, targets), _scores(logits_PL, targets, ranks)
+        groups = Groups(targets)
+        return self.loss(logits_PL, targets, groups), _scores(logits_PL, targets, groups)
 
-    def loss(self, logits_PL: Tensor, targets: GroupTargets) -> Tensor:
+    def loss(self, logits_PL: Tensor, targets: GroupTargets, groups: "Groups") -> Tensor:
         """This rank's share of the loss alone."""
-        groups = _Groups(targets)
         z_PL = logits_PL / self.c.temperature
         if self.c.kind in PAIRWISE_MEANS:
             share_P = PAIRWISE_MEANS[self.c.kind](self.c, z_PL, targets.label_P)
@@ -113,7 +118,7 @@ class RerankLoss(nn.Module):
         )  # fmt: skip
 
 
-class _Groups:
+class Groups:
     """Where the groups lie: count_G and start_G, and sums over them."""
 
     def __init__(self, targets: GroupTargets):
@@ -190,7 +195,7 @@ def _cross_entropy(c: LossConfig, z_PL: Tensor, label_P: Tensor) -> Tensor:
 # -- means over groups: (c, z_P, targets, groups) -> (loss_G, is_usable_G) ----------------------
 
 
-def _softmax(c: LossConfig, z_P: Tensor, t: GroupTargets, groups: _Groups):
+def _softmax(c: LossConfig, z_P: Tensor, t: GroupTargets, groups: Groups):
     is_positive_P = t.label_P > 0
     negatives, positives = (~is_positive_P).nonzero()[:, 0], is_positive_P.nonzero()[:, 0]
     ln_G = _log_sum_exp(z_P[negatives], groups.group_P[negatives], groups.num)
@@ -199,18 +204,18 @@ def _softmax(c: LossConfig, z_P: Tensor, t: GroupTargets, groups: _Groups):
     return groups.mean(loss_n, positives), is_usable_G
 
 
-def _listmle(c: LossConfig, z_P: Tensor, t: GroupTargets, groups: _Groups):
+def _listmle(c: LossConfig, z_P: Tensor, t: GroupTargets, groups: Groups):
     i_X, j_X = groups.graded_pairs(t.label_P)
     ln_P = _log_sum_exp(z_P[j_X], i_X, len(z_P))
     return groups.sum(_softplus(ln_P - z_P)), _has_pair(groups, i_X)
 
 
-def _ranknet(c: LossConfig, z_P: Tensor, t: GroupTargets, groups: _Groups):
+def _ranknet(c: LossConfig, z_P: Tensor, t: GroupTargets, groups: Groups):
     i_X, j_X = groups.graded_pairs(t.label_P)
     return groups.mean(_softplus(z_P[j_X] - z_P[i_X]), i_X), _has_pair(groups, i_X)
 
 
-def _lambdarank(c: LossConfig, z_P: Tensor, t: GroupTargets, groups: _Groups):
+def _lambdarank(c: LossConfig, z_P: Tensor, t: GroupTargets, groups: Groups):
     i_X, j_X = groups.graded_pairs(t.label_P)
     weight_X = _gain_changes(z_P, t, groups, i_X, j_X, mu=MU if c.kind == "lambdaloss" else 0.0)
     return groups.sum(weight_X * _softplus(z_P[j_X] - z_P[i_X]), i_X), _has_pair(groups, i_X)
@@ -218,7 +223,7 @@ def _lambdarank(c: LossConfig, z_P: Tensor, t: GroupTargets, groups: _Groups):
 
 @torch.no_grad()
 def _gain_changes(
-    z_P: Tensor, t: GroupTargets, groups: _Groups, i_X: Tensor, j_X: Tensor, *, mu: float
+    z_P: Tensor, t: GroupTargets, groups: Groups, i_X: Tensor, j_X: Tensor, *, mu: float
 ) -> Tensor:
     """What each pair would change in nDCG if its two changed places, and mu times the bound."""
 
@@ -236,14 +241,14 @@ def _gain_changes(
     return weight_X * (gain_P[i_X] - gain_P[j_X]).abs()
 
 
-def _margin_mse(c: LossConfig, z_P: Tensor, t: GroupTargets, groups: _Groups):
+def _margin_mse(c: LossConfig, z_P: Tensor, t: GroupTargets, groups: Groups):
     score_P = _scores_of_teacher(t, z_P)
     i_X, j_X = groups.graded_pairs(t.label_P, among_P=score_P.isfinite())
     error_X = (z_P[i_X] - z_P[j_X]) - (score_P[i_X] - score_P[j_X])
     return groups.mean(error_X**2, i_X), _has_pair(groups, i_X)
 
 
-def _kl(c: LossConfig, z_P: Tensor, t: GroupTargets, groups: _Groups):
+def _kl(c: LossConfig, z_P: Tensor, t: GroupTargets, groups: Groups):
     score_P = _scores_of_teacher(t, z_P) / c.teacher_temperature
     scored = score_P.isfinite().nonzero()[:, 0]
     group_n, z_n, score_n = groups.group_P[scored], z_P[scored], score_P[scored]
@@ -257,7 +262,7 @@ def _scores_of_teacher(t: GroupTargets, z_P: Tensor) -> Tensor:
     return torch.full_like(z_P, torch.nan) if t.score_P is None else t.score_P.to(z_P)
 
 
-def _has_pair(groups: _Groups, i_X: Tensor) -> Tensor:
+def _has_pair(groups: Groups, i_X: Tensor) -> Tensor:
     return groups.sum(torch.ones_like(i_X), i_X) > 0
 
 
@@ -274,9 +279,8 @@ NEEDS |= {
 
 
 @torch.no_grad()
-def _scores(logits_PL: Tensor, t: GroupTargets, ranks: Ranks) -> dict[str, Tensor]:
+def _scores(logits_PL: Tensor, t: GroupTargets, groups: Groups) -> dict[str, Tensor]:
     """This rank's shares of the three numbers of RerankLoss.forward."""
-    groups = _Groups(t)
     score_P = logits_PL[:, 0]
     if logits_PL.shape[1] > 1:
         labels_L = torch.arange(logits_PL.shape[1], device=score_P.device).to(score_P)
@@ -284,11 +288,15 @@ def _scores(logits_PL: Tensor, t: GroupTargets, ranks: Ranks) -> dict[str, Tenso
     is_positive_P = t.label_P > 0
     deviation_P = (score_P - groups.mean(score_P)[groups.group_P]) ** 2
     is_many_G = groups.count_G > 1
-    sums = [
-        score_P[is_positive_P].sum(),
-        score_P[~is_positive_P].sum(),
-        groups.mean(deviation_P).sqrt().sum(),
-    ]
-    counts = torch.stack([is_positive_P.sum(), (~is_positive_P).sum(), is_many_G.sum()])
-    shares = torch.stack(sums) / ranks.all_reduce_sum(counts).clamp(min=1)
-    return dict(zip(("positive_score", "negative_score", "spread"), shares, strict=True))
+    positives, many = t.num_positives_global, t.num_many_global
+    positives = is_positive_P.sum() if positives is None else positives
+    sums = {
+        "positive_score": (score_P[is_positive_P].sum(), positives),
+        "negative_score": (score_P[~is_positive_P].sum(), t.num_pairs_global - positives),
+        "spread": (
+            groups.mean(deviation_P)[is_many_G].sqrt().sum(),
+            is_many_G.sum() if many is None else many,
+        ),
+    }
+    ones = score_P.new_ones(())
+    return {name: total / (ones * count).clamp(min=1) for name, (total, count) in sums.items()}

@@ -291,7 +291,7 @@ def test_a_rank_that_differs_and_a_process_that_fails_are_out_of_bounds(subject,
            for s in (subject.sample, subject.small)}  # fmt: skip
 
     def write(change) -> Row:
-        for name, s, _, _ in comparisons._splits(subject, 2):
+        for name, s, _ in subject.splits(2):
             for rank in range(2):
                 gradients = {n: g * change(rank) for n, g in one[id(s)].gradients.items()}
                 values = Values(one[id(s)].loss, gradients)

@@ -15,6 +15,7 @@ from data.datasets import open_data
 from losses.build import build_loss
 from losses.distill import ScoreDistillation
 from losses.grad_cache import targets_on
+from losses.tiny import share_of
 from models.build import build_model
 from models.transformer import pack
 from runtime.distributed import Ranks
@@ -87,30 +88,8 @@ def test_loss_and_gradient_are_the_equations_however_the_batch_is_cut(kind, dims
 
 
 def on_ranks(ranks: Ranks, base: str) -> tuple:
-    batch, cuts = scored_batch(), ([0, 2, 5], [0, 6, 9])
-    (q, r), (p, s) = (c[ranks.rank : ranks.rank + 2] for c in cuts)
-    mine = (batch.pair_query_P >= q) & (batch.pair_query_P < r)
-    own = batch.scored
-    of_mine = (own.query_P >= q) & (own.query_P < r)
-    part = replace(
-        batch,
-        query_tokens=batch.query_tokens[q:r],
-        passage_tokens=batch.passage_tokens[p:s],
-        pair_query_P=batch.pair_query_P[mine] - q,
-        pair_passage_P=batch.pair_passage_P[mine],
-        pair_weight_P=batch.pair_weight_P[mine],
-        relatives_BK=batch.relatives_BK[q:r],
-        num_examples=r - q,
-        passage_offset=p,
-        query_prompt_tokens_B=batch.query_prompt_tokens_B[q:r],
-        passage_prompt_tokens_N=batch.passage_prompt_tokens_N[p:s],
-        num_queries_global=5,
-        query_offset=q,
-        scored=ScoredPairs(
-            own.query_P[of_mine] - q, own.passage_P[of_mine], own.label_P[of_mine],
-            own.score_P[of_mine],
-        ),
-    )  # fmt: skip
+    batch = replace(scored_batch(), query_relatives_BK=np.arange(5)[:, None])
+    part = share_of(batch, ranks.rank, [0, 2, 5], [0, 6, 9])
     towers = build_model(ModelConfig(base=base, dropout=0.0), dims=[]).double()
     loss, _, found = take_step(towers, loss_of("margin_mse", "full"), part, ranks=ranks)
     return loss.item(), found

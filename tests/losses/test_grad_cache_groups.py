@@ -4,7 +4,6 @@ On one process or several.
 """
 
 import math
-from dataclasses import replace
 from unittest import mock
 
 import numpy as np
@@ -15,6 +14,7 @@ import torch.distributed as dist
 from conf.schema import LossConfig, ModelConfig
 from data.groups import GroupBatch
 from data.pairs import pack_pairs
+from losses.comparisons_rerank import share_of
 from losses.grad_cache import group_targets_on, train_step
 from losses.rerank import RerankLoss
 from models.build import build_reranker
@@ -46,20 +46,6 @@ def random_groups(seed: int = 0) -> GroupBatch:
         num_examples_global=5,
         num_pairs_global=len(label),
         example_ids=[f"e{i}" for i in range(5)],
-    )
-
-
-def part_of(batch: GroupBatch, low: int, high: int) -> GroupBatch:
-    """A rank's groups, by hand."""
-    mine = np.flatnonzero((batch.group_P >= low) & (batch.group_P < high))
-    return replace(
-        batch,
-        pair_tokens=[batch.pair_tokens[i] for i in mine],
-        pair_types=[batch.pair_types[i] for i in mine],
-        group_P=batch.group_P[mine] - low,
-        label_P=batch.label_P[mine],
-        score_P=batch.score_P[mine],
-        num_examples=high - low,
     )
 
 
@@ -129,7 +115,7 @@ def on_ranks(ranks: Ranks, base: str) -> list[tuple]:
     """Outcomes and collectives of every split and kind of loss."""
     found = []
     for cuts in SPLITS[ranks.size]:
-        batch = part_of(random_groups(), *cuts[ranks.rank : ranks.rank + 2])
+        batch = share_of(random_groups(), *cuts[ranks.rank : ranks.rank + 2])
         for kind in KINDS:
             with mock.patch.object(dist, "all_reduce", wraps=dist.all_reduce) as all_reduce:
                 budget = SOME if ranks.is_main else 0  # a budget is a rank's own affair
@@ -148,7 +134,8 @@ def test_ranks_with_any_share_of_the_groups_find_the_gradient_of_one_process(wor
         for kind in KINDS
     ]
     for outcomes in run_on_ranks(on_ranks, world, str(tiny_base)):
-        for at, (loss, numbers, found, _) in enumerate(outcomes):
+        for at, (loss, numbers, found, num_all_reduces) in enumerate(outcomes):
+            assert num_all_reduces == 1
             wanted_loss, wanted_numbers, wanted = expected[at % len(KINDS)]
             assert loss == pytest.approx(wanted_loss, rel=1e-12)
             assert_close(found, wanted)
