@@ -1,7 +1,7 @@
 """Folders that are built once, by content: written aside, synced, renamed, checked whenever they
 are opened.
 
-What lies under data.cache_dir: tokens-*/ (data/tokens.py), set-*/ (data/datasets.py) and guide-*/
+What lies under data.cache_dir: tokens-*/ (data/tokens.py), set-*/ (data/reading.py) and guide-*/
 (data/teacher.py), each with a meta.json that holds the size and digest of every other file. All of
 it can be deleted at any time.
 """

@@ -15,8 +15,9 @@ from tokenizers import Tokenizer
 
 from conf.schema import DataConfig, TrainConfig
 from data.batches import Batches, ExampleIds, Ragged, TrainStore, seeded
-from data.datasets import Data, kept_examples, prompts_of, read_sets, token_stores, train_set
+from data.datasets import Data, kept_examples, prompts_of, token_stores, train_set
 from data.pairs import PairTemplate, tokenise_plain
+from data.reading import read_sets
 from data.records import RerankSet
 
 log = logging.getLogger(__name__)

@@ -41,7 +41,7 @@ def numbered(texts: list[str], numbers: dict[str, int]) -> list[int]:
 def train_set(
     examples: list[tuple[str, list[str], list[str]]], *, name: str = "", first: int = 0, **changes
 ) -> TrainSet:
-    """A TrainSet of (query, positives, negatives), as data/datasets.py numbers texts."""
+    """A TrainSet of (query, positives, negatives), as data/stored.py numbers texts."""
     queries: dict[str, int] = {}
     passages: dict[str, int] = {}
     query_E = [numbered([q], queries)[0] for q, _, _ in examples]

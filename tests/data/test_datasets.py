@@ -11,10 +11,11 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from conf.schema import DataConfig, SourceConfig
-from data import datasets
+from data import reading
 from data.batches import Batches
 from data.datasets import open_data
 from data.splits import component_keys, incidences
+from data.stored import stored_examples
 from data.toy import toy_examples
 
 ROOT = Path(__file__).parents[2]
@@ -374,7 +375,7 @@ def test_a_second_run_reads_no_text_again(tmp_path, monkeypatch):
     path = write_rows(tmp_path / "pairs.jsonl", pairs(80))
     first = open_some(tmp_path, root=str(path))
     for name in ("read_examples", "split_examples", "leakage_report", "retrieval_set"):
-        monkeypatch.setattr(datasets, name, lambda *a, **k: pytest.fail("read again"))
+        monkeypatch.setattr(reading, name, lambda *a, **k: pytest.fail("read again"))
     monkeypatch.setattr("data.tokens.tokenise", lambda *a: pytest.fail("tokenised again"))
     again = open_some(tmp_path, root=str(path))
     assert triples(again) == triples(first)
@@ -452,9 +453,9 @@ def test_split_components_are_not_torn(tmp_path):
     examples = []
     for split, sets in (("dev", data.dev), ("test", data.test)):
         for one in sets.values():
-            examples += [(split, e) for e in datasets._judged(one)]
+            examples += [(split, e) for e in reading._judged(one)]
     (folder,) = (tmp_path / "cache").glob("set-*/")
-    examples += [("train", e) for e in datasets._examples(folder)]
+    examples += [("train", e) for e in stored_examples(folder)]
     row_E, text_E, num_rows = incidences(e for _, e in examples)
     keys = component_keys(row_E, text_E, num_rows=num_rows)
     splits: dict[int, set[str]] = {}

@@ -12,7 +12,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from conf.schema import DataConfig, LossConfig, OptimConfig, SourceConfig, TrainConfig
-from data import datasets
+from data import reading
 from data.datasets import open_data
 from data.formats import read_rerank_set
 from data.groups import GroupBatches, open_groups
@@ -433,8 +433,8 @@ def test_positives_alone_are_refused_with_the_remedy(tmp_path):
 def test_groups_are_read_once(tmp_path, monkeypatch):
     c = settings(tmp_path, root=str(folder(tmp_path / "data")))
     first = open_groups(c, spec(), letters())
-    monkeypatch.setattr(datasets, "read_groups", None)
-    monkeypatch.setattr(datasets, "read_rerank_set", None)
+    monkeypatch.setattr(reading, "read_groups", None)
+    monkeypatch.setattr(reading, "read_rerank_set", None)
     again = open_groups(c, spec(), letters())
     assert (again.dev, again.test, again.report) == (first.dev, first.test, first.report)
     assert_equal(batches(again, c).batch_at(3), batches(first, c).batch_at(3))
