@@ -1,4 +1,4 @@
-"""Scores as probabilities: a temperature for a reranker's logits, and how far off they are.
+"""Scores as probabilities: temperature and shift of a reranker's logits, and how far off they are.
 
 Shapes: P pairs.
 """
@@ -9,35 +9,46 @@ MIN_TEMPERATURE, MAX_TEMPERATURE = 0.05, 20.0
 NUM_BINS = 15
 
 
-def fit_temperature(logit_P: np.ndarray, label_P: np.ndarray) -> float:
-    """The T in [0.05, 20] for which sigmoid(logit / T) has the least binary cross-entropy.
+def fit_calibration(logit_P: np.ndarray, label_P: np.ndarray) -> tuple[float, float]:
+    """(T, b) for which sigmoid(logit / T + b) has the least binary cross-entropy, T in [0.05, 20].
 
     label_P  above 0: relevant
-    1 where nothing can be fitted: no pair, or labels all alike. A T at a bound says that the
-    sigmoid of these logits is no probability: listwise losses fix differences within a query
-    alone.
-    Source: Guo et al. 2017, "On Calibration of Modern Neural Networks", sec. 4.2.
+    (1, 0) where nothing can be fitted: no pair, or labels all alike. A T at a bound says that the
+    sigmoid of these logits is no probability. The shift is what logits of listwise losses need:
+    those fix differences within a query alone.
+    Source: Platt 1999, "Probabilistic Outputs for Support Vector Machines", sec. 2.1.
     """
-    from scipy.optimize import minimize_scalar
+    from scipy.optimize import minimize
 
     logit_P = np.asarray(logit_P, np.float64)
     is_relevant_P = np.asarray(label_P) > 0
     _check(logit_P, is_relevant_P)
     if is_relevant_P.all() or not is_relevant_P.any():
-        return 1.0
-    signed_P = np.where(is_relevant_P, -logit_P, logit_P)
+        return 1.0, 0.0
+    mean, width = logit_P.mean(), max(float(logit_P.std()), 1e-12)
+    x_P = (logit_P - mean) / width  # the same steps serve logits of any size
+    sign_P = np.where(is_relevant_P, -1.0, 1.0)
 
-    def loss(log_scale: float) -> float:  # convex in 1 / T, so it has one minimum in log T too
-        return float(np.logaddexp(0, signed_P * np.exp(log_scale)).mean())
+    def loss(slope_and_shift: np.ndarray) -> tuple[float, np.ndarray]:
+        wrong_P = sign_P * (slope_and_shift[0] * x_P + slope_and_shift[1])
+        share_P = sign_P * np.exp(-np.logaddexp(0, -wrong_P))
+        value = float(np.logaddexp(0, wrong_P).mean())
+        return value, np.array([(share_P * x_P).mean(), share_P.mean()])
 
-    bounds = (-np.log(MAX_TEMPERATURE), -np.log(MIN_TEMPERATURE))
-    found = minimize_scalar(loss, bounds=bounds, method="bounded", options={"xatol": 1e-6})
-    return float(np.exp(-found.x))
+    low, high = width / MAX_TEMPERATURE, width / MIN_TEMPERATURE
+    found = minimize(
+        loss, [np.clip(1.0, low, high), 0.0], jac=True, method="L-BFGS-B",
+        bounds=[(low, high), (None, None)], options={"ftol": 1e-15, "gtol": 1e-10, "maxiter": 1000},
+    )  # fmt: skip
+    slope, shift = found.x
+    return float(width / slope), float(shift - slope * mean / width)
 
 
-def calibration_error(logit_P: np.ndarray, label_P: np.ndarray, temperature: float = 1.0) -> float:
-    """Expected calibration error of sigmoid(logit / T): |share relevant - mean probability|, a mean
-    over pairs in 15 bins of equal width; 0 without pairs.
+def calibration_error(
+    logit_P: np.ndarray, label_P: np.ndarray, temperature: float = 1.0, bias: float = 0.0
+) -> float:
+    """Expected calibration error of sigmoid(logit / T + b): |share relevant - mean probability|, a
+    mean over pairs in 15 bins of equal width; 0 without pairs.
 
     Source: Naeini et al. 2015, "Obtaining Well Calibrated Probabilities Using Bayesian Binning".
     """
@@ -46,7 +57,7 @@ def calibration_error(logit_P: np.ndarray, label_P: np.ndarray, temperature: flo
     _check(logit_P, is_relevant_P)
     if not len(logit_P):
         return 0.0
-    prob_P = np.exp(-np.logaddexp(0, -logit_P / temperature))
+    prob_P = np.exp(-np.logaddexp(0, -(logit_P / temperature + bias)))
     bin_P = np.minimum((prob_P * NUM_BINS).astype(np.int64), NUM_BINS - 1)
     gaps = np.bincount(bin_P, weights=is_relevant_P - prob_P, minlength=NUM_BINS)
     return float(np.abs(gaps).sum() / len(prob_P))

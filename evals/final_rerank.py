@@ -20,7 +20,7 @@ from evals.calibration import (
     MAX_TEMPERATURE,
     MIN_TEMPERATURE,
     calibration_error,
-    fit_temperature,
+    fit_calibration,
 )
 from evals.metrics import RERANK_NAMES
 from evals.publish import card_of, costs, means_of, publish
@@ -154,7 +154,8 @@ def write_result(
         shown[f"{name}: {of['size']}"] = "\n\n".join(report.rerank_tables(*args))
     if fitted := result["calibration"]:
         tables["Calibration"] = (
-            f"sigmoid(logit / {fitted['temperature']:.3g}), fitted on {fitted['pairs']:,} dev pairs"
+            f"sigmoid(logit / {fitted['temperature']:.3g} {fitted['bias']:+.3g}), fitted on"
+            f" {fitted['pairs']:,} dev pairs"
             " and folded into the last layer of export/: expected calibration error"
             f" {fitted['ece_before']:.3f} before, {fitted['ece_after']:.3f} after."
         )
@@ -294,7 +295,7 @@ def _set_result(systems: Mapping[str, dict], one: RerankSet, seed: int) -> dict:
 def _calibrate(
     reranker: Reranker, dev: Mapping[str, RerankSet], scores: Mapping[str, Scores]
 ) -> dict | None:
-    """Fit the temperature on all dev pairs and set it in the reranker's spec, for the export.
+    """Fit temperature and bias on all dev pairs and set them in the reranker's spec, for export.
 
     None where there is nothing to fit on: no dev set, or several labels.
     """
@@ -303,23 +304,25 @@ def _calibrate(
         return None
     parts = [_pairs(one, scores[name]) for name, one in dev.items()]
     logit_P, grade_P = (np.concatenate(x) for x in zip(*parts, strict=True))
-    temperature = fit_temperature(logit_P, grade_P)
+    temperature, bias = fit_calibration(logit_P, grade_P)
     found = {
         "temperature": temperature,
+        "bias": bias,
         "ece_before": calibration_error(logit_P, grade_P),
-        "ece_after": calibration_error(logit_P, grade_P, temperature),
+        "ece_after": calibration_error(logit_P, grade_P, temperature, bias),
         "pairs": len(logit_P),
     }
     log.info(
-        "calibration on %d dev pairs: temperature %.3g, expected calibration error %.3f -> %.3f",
-        len(logit_P), temperature, found["ece_before"], found["ece_after"],
+        "calibration on %d dev pairs: temperature %.3g, bias %.3g, expected calibration error"
+        " %.3f -> %.3f",
+        len(logit_P), temperature, bias, found["ece_before"], found["ece_after"],
     )  # fmt: skip
     if not MIN_TEMPERATURE * 1.01 < temperature < MAX_TEMPERATURE / 1.01:
         log.warning(
-            "the temperature is at its bound: the sigmoid of these logits is no probability, as"
-            " after losses that fix differences within a query alone; use the scores to rank"
+            "the temperature is at its bound: the sigmoid of these logits is no probability; use"
+            " the scores to rank"
         )
-    reranker.spec.temperature = temperature
+    reranker.spec.temperature, reranker.spec.bias = temperature, bias
     return found
 
 

@@ -1,7 +1,7 @@
-"""Log-sum-exps of a similarity matrix that is never whole in memory, in Triton.
+"""Log-sum-exps, or sums of softplus, over a similarity matrix that is never whole in memory.
 
-Rows, columns and all Matryoshka prefixes in one sweep; any upstream gradient; bounded workspace; no
-atomics, so that two runs give the same bits. Needs torch and triton, nothing else.
+In Triton: rows, columns and all Matryoshka prefixes in one sweep; any upstream gradient; bounded
+workspace; no atomics, so that two runs give the same bits. Needs torch and triton, nothing else.
 
 Shapes: B queries, N candidates, D embedding, M Matryoshka dims, K relatives of a query at most,
 c rows of a chunk, T tiles along an axis, S features after padding every segment.
@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -51,11 +52,13 @@ class Tile:
     held: int = 2  # planes kernel, several dims: planes kept in registers for suffix sums
 
 
-# (kernel, dims, bytes of an element) -> tile; dims is "one", "many", or "both" for one dim with
-# limits of rows and columns. README.md lists what they compile to.
+# (kernel, dims, bytes of an element) -> tile; dims is "one", "many", or where a tile of its own is
+# needed "both", one dim with limits of rows and columns, or "softplus", several dims with a bias.
+# README.md lists what they compile to.
 TILES_90 = {
     ("sums", "one", 2): Tile(128, 128, 64, 8, 3, tma=True),
     ("sums", "many", 2): Tile(128, 128, 64, 8, 3, tma=True),
+    ("sums", "softplus", 2): Tile(128, 64, 64, 8, 3, tma=True),
     ("planes", "one", 2): Tile(128, 128, 64, 8, 3, tma=True),
     ("planes", "both", 2): Tile(128, 64, 64, 8, 3, tma=True),
     ("planes", "many", 2): Tile(128, 64, 64, 8, 3, tma=True),
@@ -150,15 +153,28 @@ def _fill_holes(x, value, has_holes, rows, columns, c, N, relatives, K):
 
 
 @triton.jit
+def _softplus(x):
+    """log(1 + 2^x), natural, by the series of atanh: 1 + 2^x itself would lose a small 2^x."""
+    e = tl.exp2(-tl.abs(x))
+    s = e / (2.0 + e)
+    t = s * s
+    series = 1 / 7 + t * (1 / 9 + t * (1 / 11 + t / 13))
+    series = 1.0 + t * (1 / 3 + t * (1 / 5 + t * series))
+    return tl.maximum(x, 0.0) / LOG2E + 2.0 * s * series
+
+
+@triton.jit
 def _sums_kernel(
-    q, p, row_factor, column_factor, relatives, row_limit, column_limit, row_part, column_part,
+    q, p, row_factor, column_factor, relatives, row_limit, column_limit, bias,
+    row_part, column_part,
     c, N, K, row_stride, column_stride, row_limit_stride, column_limit_stride,
     S: tl.constexpr, ENDS: tl.constexpr, M: tl.constexpr,
     BR: tl.constexpr, BC: tl.constexpr, BF: tl.constexpr, GROUP: tl.constexpr,
     ROW_LIMIT: tl.constexpr, COLUMN_LIMIT: tl.constexpr, COLUMNS: tl.constexpr,
-    TMA: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    SOFTPLUS: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """row_part (M, T, c) and column_part (M, T, N): base-2 log-sum-exps of each tile."""
+    """row_part (M, T, c) and column_part (M, T, N): base-2 log-sum-exps of each tile. With SOFTPLUS
+    row_part alone: sums of softplus(z + bias)."""
     row_tile, column_tile = _place(c, N, BR, BC, GROUP)
     row_tiles, column_tiles = tl.cdiv(c, BR), tl.cdiv(N, BC)
     rows = row_tile * BR + tl.arange(0, BR)
@@ -180,9 +196,12 @@ def _sums_kernel(
         if ROW_LIMIT:
             limit = tl.load(row_limit + m * row_limit_stride + rows, mask=is_row, other=0.0)
             x = tl.where(z <= (limit * LOG2E)[:, None], z, float("-inf"))
-        top = tl.max(x, 1)
-        top = tl.where(top == float("-inf"), 0.0, top)
-        part = top + tl.log2(tl.sum(tl.exp2(x - top[:, None]), 1))
+        if SOFTPLUS:
+            part = tl.sum(_softplus(x + tl.load(bias) * LOG2E), 1)
+        else:
+            top = tl.max(x, 1)
+            top = tl.where(top == float("-inf"), 0.0, top)
+            part = top + tl.log2(tl.sum(tl.exp2(x - top[:, None]), 1))
         tl.store(row_part + (m * column_tiles + column_tile).to(tl.int64) * c + rows, part,
                  mask=is_row)  # fmt: skip
         if COLUMNS:
@@ -225,19 +244,20 @@ def _combine_kernel(
 
 @triton.jit
 def _planes_kernel(
-    q, p, row_factor, column_factor, relatives, row_limit, column_limit,
-    row_log, column_log, row_grad, column_grad, planes, row_part, column_part,
+    q, p, row_factor, column_factor, relatives, row_limit, column_limit, bias,
+    row_log, column_log, row_grad, column_grad, planes, row_part, column_part, bias_part,
     c, N, K, row_stride, column_stride, row_limit_stride, column_limit_stride,
     row_log_stride, row_grad_stride, plane_rows, plane_columns,
     S: tl.constexpr, ENDS: tl.constexpr, M: tl.constexpr, HELD: tl.constexpr,
     BR: tl.constexpr, BC: tl.constexpr, BF: tl.constexpr, GROUP: tl.constexpr,
     ROW_LIMIT: tl.constexpr, COLUMN_LIMIT: tl.constexpr, COLUMNS: tl.constexpr,
-    TMA: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    SOFTPLUS: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """W = row_factor * column_factor * dL/dz of every dim, formed in float32, stored narrow.
 
     The last HELD + 1 planes are stored as suffix sums over the dims, those before as they are. For
     several dims row_part (M, T, c) and column_part (M, T, N) get each tile's sums of dL/dz * z.
+    With SOFTPLUS bias_part (M, T, c) gets those of dL/dz.
     """
     row_tile, column_tile = _place(c, N, BR, BC, GROUP)
     row_tiles, column_tiles = tl.cdiv(c, BR), tl.cdiv(N, BC)
@@ -259,9 +279,12 @@ def _planes_kernel(
         a = tl.load(row_factor + m * row_stride + rows, mask=is_row, other=0.0)
         b = tl.load(column_factor + m * column_stride + columns, mask=is_column, other=0.0)
         z = acc * (a * LOG2E)[:, None] * b[None, :]
-        base = tl.load(row_log + m * row_log_stride + rows, mask=is_row, other=0.0)
         grad = tl.load(row_grad + m * row_grad_stride + rows, mask=is_row, other=0.0)
-        g = tl.exp2(z - base[:, None]) * grad[:, None]
+        if SOFTPLUS:
+            g = grad[:, None] / (1.0 + tl.exp2(-z - tl.load(bias) * LOG2E))
+        else:
+            base = tl.load(row_log + m * row_log_stride + rows, mask=is_row, other=0.0)
+            g = tl.exp2(z - base[:, None]) * grad[:, None]
         if ROW_LIMIT:
             limit = tl.load(row_limit + m * row_limit_stride + rows, mask=is_row, other=0.0)
             g = tl.where(z <= (limit * LOG2E)[:, None], g, 0.0)
@@ -275,6 +298,9 @@ def _planes_kernel(
                 g_column = tl.where(z <= (limit * LOG2E)[None, :], g_column, 0.0)
             g += g_column
         g = _fill_holes(g, 0.0, has_holes, rows, columns, c, N, relatives, K)
+        if SOFTPLUS:
+            tl.store(bias_part + (m * column_tiles + column_tile).to(tl.int64) * c + rows,
+                     tl.sum(g, 1), mask=is_row)  # fmt: skip
         if M > 1:
             gz = g * z
             tl.store(row_part + (m * column_tiles + column_tile).to(tl.int64) * c + rows,
@@ -443,7 +469,7 @@ def sweep(
     _check(q_BD, p_ND, row_factor_MB, column_factor_MN, dims, relatives_BK)
     limits = _limits(row_limit_MB, column_limit_MN, want_columns, len(dims), q_BD, p_ND)
     dtype = torch.promote_types(q_BD.dtype, p_ND.dtype)
-    _check_path(path, dtype, q_BD.device.type, want_columns)
+    _check_path(path, dtype, q_BD.device.type, "sums of columns" if want_columns else "rows")
     path = choose(
         path, len(q_BD), len(p_ND), len(dims), want_columns, dtype, q_BD.device.type,
         row_gradient is not None,
@@ -461,7 +487,7 @@ def sweep(
         factors = row_factor_MB.float(), column_factor_MN.float()
         if path == "fused":
             job = _Job(dims, relatives_BK, *limits, want_columns, workspace_mib)
-            outputs = _Fused.apply(q_BD, p_ND, *factors, job)
+            outputs = _Fused.apply(q_BD, p_ND, *factors, None, job)
             return outputs if want_columns else (outputs[0], None)
         rows = []
         for m, d in enumerate(dims):
@@ -476,6 +502,46 @@ def sweep(
                 row_1B, _ = _Rows.apply(*given, job, "chunk", foretell)
             rows.append(row_1B)
         return torch.cat(rows), None
+
+
+@torch.compiler.disable
+def softplus_sweep(
+    q_BD: Tensor,
+    p_ND: Tensor,
+    row_factor_MB: Tensor,
+    column_factor_MN: Tensor,
+    bias: Tensor,
+    *,
+    dims: Sequence[int],
+    relatives_BK: Tensor | None = None,
+    row_limit_MB: Tensor | None = None,
+    path: str = "auto",
+    workspace_mib: float = 1024,
+) -> Tensor:
+    """sum of softplus(z + bias) over rows, (M, B): the negatives of the pairwise sigmoid loss.
+
+    bias  a scalar tensor; gradients reach it as well
+    path  auto, fused or dense
+    The rest as in sweep; a sum over nothing is 0. Source: Zhai et al. 2023 (SigLIP), eq. 1.
+    """
+    dims = tuple(int(d) for d in dims)
+    _check(q_BD, p_ND, row_factor_MB, column_factor_MN, dims, relatives_BK)
+    limits = _limits(row_limit_MB, None, False, len(dims), q_BD, p_ND)
+    if bias.numel() != 1:
+        raise ValueError(f"softplus_sweep: bias {tuple(bias.shape)}; want a scalar")
+    dtype = torch.promote_types(q_BD.dtype, p_ND.dtype)
+    _check_path(path, dtype, q_BD.device.type, "sums of softplus")
+    path = choose(path, len(q_BD), len(p_ND), len(dims), False, dtype, q_BD.device.type, False)
+    with torch.autocast(q_BD.device.type, enabled=False), torch.cuda.device_of(q_BD):
+        q_BD, p_ND = q_BD.to(dtype), p_ND.to(dtype)
+        given = q_BD, p_ND, row_factor_MB, column_factor_MN
+        if path == "dense":
+            return _dense(*given, dims, relatives_BK, limits, False, bias)[0]
+        if relatives_BK is not None:
+            relatives_BK = relatives_BK.to(torch.int32).contiguous()
+        job = _Job(dims, relatives_BK, *limits, False, workspace_mib)
+        factors = row_factor_MB.float(), column_factor_MN.float()
+        return _Fused.apply(q_BD, p_ND, *factors, bias.float().reshape(1), job)[0]
 
 
 def choose(
@@ -525,7 +591,8 @@ def _check(q_BD, p_ND, row_factor_MB, column_factor_MN, dims, relatives_BK) -> N
         raise ValueError(f"sweep: relatives are {relatives_BK.dtype}; want integers")
 
 
-def _check_path(path: str, dtype: torch.dtype, device: str, want_columns: bool) -> None:
+def _check_path(path: str, dtype: torch.dtype, device: str, what: str) -> None:
+    """what  "rows", "sums of columns" or "sums of softplus": what the path must be able to give"""
     if path not in PATHS:
         raise ValueError(f"sweep: no path {path!r}; there are {', '.join(PATHS)}")
     if path in ("auto", "dense"):
@@ -539,8 +606,8 @@ def _check_path(path: str, dtype: torch.dtype, device: str, want_columns: bool) 
         )
     if path == "fused":
         return
-    if want_columns:
-        raise ValueError(f"sweep: path {path} has no sums of columns; take path='fused'")
+    if what != "rows":
+        raise ValueError(f"sweep: path {path} has no {what}; take path='fused'")
     if dtype == torch.float16:
         raise ValueError(f"sweep: float16 has too small a range for path {path}; take 'fused'")
 
@@ -578,17 +645,18 @@ class _Job:
     workspace_mib: float
     copied_bytes: int = 0  # by padding
 
-    def tile(self, kernel: str, x: Tensor) -> Tile:
+    def tile(self, kernel: str, x: Tensor, has_bias: bool = False) -> Tile:
         if INTERPRETING:
             return TILE_INTERPRETED
         major, _ = torch.cuda.get_device_capability(x.device)
         tiles = TILES_90 if major == 9 else TILES_80
-        dims = "one" if len(self.dims) == 1 else "many"
-        if dims == "one" and self.row_limit_MB is not None and self.column_limit_MN is not None:
-            tile = tiles.get((kernel, "both", x.element_size()))
-            if tile is not None:
-                return tile
-        return tiles[kernel, dims, x.element_size()]
+        if len(self.dims) > 1:
+            own, usual = "softplus" if has_bias else "", "many"
+        else:
+            has_both = self.row_limit_MB is not None and self.column_limit_MN is not None
+            own, usual = "both" if has_both else "", "one"
+        size = x.element_size()
+        return tiles.get((kernel, own, size)) or tiles[kernel, usual, size]
 
     def padded(self, x_nD: Tensor) -> tuple[Tensor, tuple[int, ...]]:
         """x with every segment padded with zeros to whole steps of features, (n, S), and the end of
@@ -731,13 +799,15 @@ class _Fused(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, q_BD, p_ND, row_factor_MB, column_factor_MN, job: _Job):
+    def forward(ctx, q_BD, p_ND, row_factor_MB, column_factor_MN, bias, job: _Job):
         q_BS, ends = job.padded(q_BD)
         p_NS, _ = job.padded(p_ND)
         a_MB, b_MN = row_factor_MB.contiguous(), column_factor_MN.contiguous()
-        row_MB, column_MN = _log_sums(job, q_BS, p_NS, a_MB, b_MN, ends)
-        ctx.save_for_backward(q_BD, p_ND, q_BS, p_NS, a_MB, b_MN, row_MB, column_MN)
+        row_MB, column_MN = _tile_sums(job, q_BS, p_NS, a_MB, b_MN, bias, ends)
+        ctx.save_for_backward(q_BD, p_ND, q_BS, p_NS, a_MB, b_MN, bias, row_MB, column_MN)
         ctx.job, ctx.ends = job, ends
+        if bias is not None:
+            return (row_MB,)
         if job.want_columns:
             return row_MB / _LOG2E, column_MN / _LOG2E
         return (row_MB / _LOG2E,)
@@ -745,25 +815,33 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_row_MB, grad_column_MN=None):
-        q_BD, p_ND, q_BS, p_NS, a_MB, b_MN, row_MB, column_MN = ctx.saved_tensors
+        q_BD, p_ND, q_BS, p_NS, a_MB, b_MN, bias, row_MB, column_MN = ctx.saved_tensors
         job, ends = ctx.job, ctx.ends
         for_q, for_p = ctx.needs_input_grad[0:4:2], ctx.needs_input_grad[1:4:2]
-        grads = _Gradients(job, q_BS, p_NS, a_MB, b_MN, ends, any(for_q), any(for_p))
+        grads = _Gradients(job, q_BS, p_NS, a_MB, b_MN, bias, ends, any(for_q), any(for_p))
         with torch.autocast(q_BS.device.type, enabled=False):
             grads.run(row_MB, column_MN, grad_row_MB, grad_column_MN)
         grad_q_BD = job.unpadded(grads.q_BS, ends, q_BD) if for_q[0] else None
         grad_p_ND = job.unpadded(grads.p_NS, ends, p_ND) if for_p[0] else None
-        return grad_q_BD, grad_p_ND, grads.row_MB, grads.column_MN, None
+        return grad_q_BD, grad_p_ND, grads.row_MB, grads.column_MN, grads.bias, None
 
 
-def _log_sums(
-    job: _Job, q_BS: Tensor, p_NS: Tensor, a_MB: Tensor, b_MN: Tensor, ends: tuple[int, ...]
+def _tile_sums(
+    job: _Job,
+    q_BS: Tensor,
+    p_NS: Tensor,
+    a_MB: Tensor,
+    b_MN: Tensor,
+    bias: Tensor | None,
+    ends: tuple[int, ...],
 ) -> tuple[Tensor, Tensor | None]:
-    """Base-2 log-sums of rows and columns, (M, B) and (M, N)."""
+    """Base-2 log-sums of rows and columns, (M, B) and (M, N); with a bias the rows' sums of
+    softplus.
+    """
     M, B, N = len(ends), len(q_BS), len(p_NS)
-    tile = job.tile("sums", q_BS)
+    tile = job.tile("sums", q_BS, bias is not None)
     column_tiles = triton.cdiv(N, tile.columns)
-    row_MB = a_MB.new_full((M, B), -math.inf)
+    row_MB = a_MB.new_full((M, B), -math.inf if bias is None else 0.0)
     column_MN = a_MB.new_full((M, N), -math.inf) if job.want_columns else None
     if N == 0:
         return row_MB, column_MN
@@ -779,13 +857,16 @@ def _log_sums(
             *_given(q_BS[lo:hi], p_NS, tile), a_MB[:, lo:hi], b_MN, relatives,
             a_MB if row_limit is None else row_limit,
             b_MN if job.column_limit_MN is None else job.column_limit_MN,
-            row_part_MTc, column_part_MTN, c, N, K, a_MB.stride(0), b_MN.stride(0),
-            _stride(row_limit), _stride(job.column_limit_MN),
+            a_MB if bias is None else bias, row_part_MTc, column_part_MTN, c, N, K,
+            a_MB.stride(0), b_MN.stride(0), _stride(row_limit), _stride(job.column_limit_MN),
             S=ends[-1], ENDS=ends, M=M, ROW_LIMIT=row_limit is not None,
             COLUMN_LIMIT=job.column_limit_MN is not None, COLUMNS=job.want_columns,
-            **_options(tile),
+            SOFTPLUS=bias is not None, **_options(tile),
         )  # fmt: skip
-        _combine(row_part_MTc, row_MB[:, lo:hi], keep=False)
+        if bias is None:
+            _combine(row_part_MTc, row_MB[:, lo:hi], keep=False)
+        else:
+            row_MB[:, lo:hi] = row_part_MTc.sum(1)
         if job.want_columns:
             _combine(column_part_MTN, column_MN, keep=lo > 0)
         del row_part_MTc, column_part_MTN  # before the next chunk's are made
@@ -795,9 +876,11 @@ def _log_sums(
 class _Gradients:
     """The second sweep: planes of W for a chunk of rows, then plain matrix products."""
 
-    def __init__(self, job: _Job, q_BS, p_NS, a_MB, b_MN, ends, for_q: bool, for_p: bool):
+    def __init__(self, job: _Job, q_BS, p_NS, a_MB, b_MN, bias, ends, for_q: bool, for_p: bool):
         self.job, self.ends, self.M = job, ends, len(ends)
         self.in_q_BS, self.in_p_NS, self.a_MB, self.b_MN = q_BS, p_NS, a_MB, b_MN
+        self.in_bias = bias
+        self.bias = None if bias is None else torch.zeros_like(bias)
         self.q_BS = torch.zeros_like(q_BS, dtype=torch.float32) if for_q else None
         self.p_NS = torch.zeros_like(p_NS, dtype=torch.float32) if for_p else None
         self.row_MB, self.column_MN = torch.zeros_like(a_MB), torch.zeros_like(b_MN)
@@ -812,9 +895,10 @@ class _Gradients:
         gain = _gain(q_BS.dtype, a_MB, b_MN, grad_row_MB, grad_column_MN)
         row_up_MB = (grad_row_MB * gain).contiguous()
         column_up_MN = (grad_column_MN.float() * gain).contiguous() if has_columns else b_MN
-        row_log_MB = _finite(row_MB)
+        has_bias = self.in_bias is not None
+        row_log_MB = a_MB if has_bias else _finite(row_MB)
         column_log_MN = _finite(column_MN) if has_columns else b_MN
-        tile = job.tile("planes", q_BS)
+        tile = job.tile("planes", q_BS, has_bias)
         held = min(tile.held, M - 1)
         column_tiles = triton.cdiv(N, tile.columns)
         stored = _stored(q_BS)
@@ -822,6 +906,8 @@ class _Gradients:
         row_bytes = M * cell * column_tiles * tile.columns
         if M > 1:
             row_bytes += 4 * M * (column_tiles + -(-N // tile.rows))
+        if has_bias:
+            row_bytes += 4 * M * column_tiles
         room = job.room_beside(self.q_BS, self.p_NS, q_BS.dtype)
         for lo, hi in job.chunks(B, row_bytes, room, tile.rows):
             c, row_tiles = hi - lo, triton.cdiv(hi - lo, tile.rows)
@@ -830,6 +916,7 @@ class _Gradients:
             )
             row_part_MTc = a_MB.new_empty((M, column_tiles, c) if M > 1 else (1,))
             column_part_MTN = a_MB.new_empty((M, row_tiles, N) if M > 1 else (1,))
+            bias_part_MTc = a_MB.new_empty((M, column_tiles, c) if has_bias else (1,))
             relatives, K = _relatives_of(job, lo, hi, a_MB)
             row_limit = None if job.row_limit_MB is None else job.row_limit_MB[:, lo:hi]
             column_limit = job.column_limit_MN if has_columns else None
@@ -837,18 +924,23 @@ class _Gradients:
                 *_given(q_BS[lo:hi], p_NS, tile), a_MB[:, lo:hi], b_MN, relatives,
                 a_MB if row_limit is None else row_limit,
                 b_MN if column_limit is None else column_limit,
+                self.in_bias if has_bias else a_MB,
                 row_log_MB[:, lo:hi], column_log_MN, row_up_MB[:, lo:hi], column_up_MN,
-                planes_MRC, row_part_MTc, column_part_MTN, c, N, K,
+                planes_MRC, row_part_MTc, column_part_MTN, bias_part_MTc, c, N, K,
                 a_MB.stride(0), b_MN.stride(0), _stride(row_limit), _stride(column_limit),
                 row_log_MB.stride(0), row_up_MB.stride(0), *planes_MRC.shape[1:],
                 S=self.ends[-1], ENDS=self.ends, M=M, HELD=held, ROW_LIMIT=row_limit is not None,
-                COLUMN_LIMIT=column_limit is not None, COLUMNS=has_columns, **_options(tile),
+                COLUMN_LIMIT=column_limit is not None, COLUMNS=has_columns, SOFTPLUS=has_bias,
+                **_options(tile),
             )  # fmt: skip
             self._emit(planes_MRC[:, :c, :N], lo, hi, held)
             if M > 1:
                 self.row_MB[:, lo:hi] = row_part_MTc.sum(1)
                 self.column_MN += column_part_MTN.sum(1)
-            del planes_MRC, row_part_MTc, column_part_MTN  # before the next chunk's are made
+            if has_bias:
+                self.bias += bias_part_MTc.sum()
+            # before the next chunk's are made
+            del planes_MRC, row_part_MTc, column_part_MTN, bias_part_MTc
         self._finish(gain)
 
     def _emit(self, planes_McN: Tensor, lo: int, hi: int, held: int) -> None:
@@ -865,7 +957,7 @@ class _Gradients:
 
     def _finish(self, gain: Tensor | float) -> None:
         """Undo the gain; the factors' gradients."""
-        for x in (self.q_BS, self.p_NS, self.row_MB, self.column_MN):
+        for x in (self.q_BS, self.p_NS, self.row_MB, self.column_MN, self.bias):
             if x is not None and isinstance(gain, Tensor):
                 x /= gain
         if self.M > 1:
@@ -1071,7 +1163,7 @@ class _Walk:
 
 
 def _dense(
-    q_BD, p_ND, row_factor_MB, column_factor_MN, dims, relatives_BK, limits, want_columns
+    q_BD, p_ND, row_factor_MB, column_factor_MN, dims, relatives_BK, limits, want_columns, bias=None
 ) -> tuple[Tensor, Tensor | None]:
     wide = torch.promote_types(q_BD.dtype, torch.float32)
     q_BD, p_ND = q_BD.to(wide), p_ND.to(wide)
@@ -1091,6 +1183,10 @@ def _dense(
             hole_BN = is_relative_BN
             if limit is not None:
                 hole_BN = hole_BN | (z_BN.detach() > limit[m].unsqueeze(axis))
+            if bias is not None:  # 20, the default threshold, is 2e-9 off
+                x_BN = F.softplus(z_BN + bias, threshold=40)
+                out.append(x_BN.masked_fill(hole_BN, 0.0).sum(1))
+                continue
             x_BN = z_BN.masked_fill(hole_BN, -math.inf)
             # the gradient of a log-sum of nothing is nan: a constant takes its place
             is_empty = hole_BN.all(axis, keepdim=True)

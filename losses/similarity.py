@@ -16,7 +16,7 @@ import logging
 import math
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
 
@@ -126,10 +126,20 @@ def similarity_sums(
     dims = [q_BD.shape[-1]] if dims is None else list(dims)
     _check(q_BD, p_ND, dims, relatives_BK)
     want = tuple(k for k in KINDS if k in want)
+    totals = tuple(k for k in want if "total" in k)
+    if totals and limits is None:  # linear in z: no matrix needed
+        want = tuple(k for k in want if k not in totals)
+        rest = Sums()
+        if want:
+            rest = similarity_sums(
+                q_BD, p_ND, scale, dims=dims, relatives_BK=relatives_BK, want=want, bias=bias,
+                teacher=teacher, chunk=chunk, backend=backend,
+            )  # fmt: skip
+        return replace(rest, **_totals(q_BD, p_ND, scale, dims, relatives_BK, totals))
     if backend == "triton":
         why_not = _why_no_kernel(q_BD, want, limits, teacher)
         if not why_not:
-            return _by_kernels(q_BD, p_ND, scale, dims, relatives_BK, limits, want)
+            return _by_kernels(q_BD, p_ND, scale, dims, relatives_BK, limits, want, bias)
         _log_once(f"similarity sums: chunks in torch instead of kernels ({why_not})")
     if backend == "dense":
         chunk = max(1, len(q_BD))
@@ -164,8 +174,9 @@ def _why_no_kernel(
     """Empty when the kernels can serve."""
     if q_BD.dtype == torch.float64:
         return "float64"
-    if set(want) - {"row", "column"} or teacher is not None:
-        return f"no kernel for {', '.join(want)}"
+    others = [kind for kind in want if kind not in ("row", "column", "softplus")]
+    if others:
+        return f"no kernel for {', '.join(others)}"
     if limits is not None and limits.guide_q_BE is not None:
         return "no kernel compares a guide's cosines"
     if not q_BD.is_cuda and not kernels().INTERPRETING:
@@ -181,19 +192,63 @@ def _by_kernels(
     relatives_BK: Tensor | None,
     limits: Limits | None,
     want: tuple[str, ...],
+    bias: Tensor | None,
 ) -> Sums:
     row_limit_MB = column_limit_MN = None
     if limits is not None:  # the kernels' limits are on z
         row_limit_MB = limits.row_MB * scale.detach()
         if "column" in want:
             column_limit_MN = limits.column_MN * scale.detach()
-    row_MB, column_MN = kernels().sweep(
-        q_BD, p_ND,
-        scale.float() * prefix_factors(q_BD.float(), dims), prefix_factors(p_ND.float(), dims),
-        dims=dims, relatives_BK=relatives_BK, row_limit_MB=row_limit_MB,
-        column_limit_MN=column_limit_MN, want_columns="column" in want,
-    )  # fmt: skip
-    return Sums(row_MB=row_MB, column_MN=column_MN)
+    factors = scale.float() * prefix_factors(q_BD.float(), dims), prefix_factors(p_ND.float(), dims)
+    rules = {"dims": dims, "relatives_BK": relatives_BK, "row_limit_MB": row_limit_MB}
+    found = Sums()
+    if "row" in want or "column" in want:
+        found.row_MB, found.column_MN = kernels().sweep(
+            q_BD, p_ND, *factors, **rules, column_limit_MN=column_limit_MN,
+            want_columns="column" in want,
+        )  # fmt: skip
+    if "softplus" in want:
+        found.softplus_MB = kernels().softplus_sweep(q_BD, p_ND, *factors, bias, **rules)
+    return found
+
+
+def _totals(
+    q_BD: Tensor,
+    p_ND: Tensor,
+    scale: Tensor,
+    dims: list[int],
+    relatives_BK: Tensor | None,
+    want: tuple[str, ...],
+) -> dict[str, Tensor]:
+    """Fields of Sums for `row_total` and `column_total`: sums of z over all cells are products with
+    sums of embeddings; the relatives' z is taken away again.
+    """
+    wide = torch.promote_types(q_BD.dtype, torch.float32)
+    with torch.autocast(q_BD.device.type, enabled=False):
+        q_BD, p_ND, scale = q_BD.to(wide), p_ND.to(wide), scale.to(wide)
+        a_MB, b_MN = scale * prefix_factors(q_BD, dims), prefix_factors(p_ND, dims)
+        M, B, N = len(dims), len(q_BD), len(p_ND)
+        ends_M = torch.tensor(dims, device=q_BD.device)
+        is_in_MD = torch.arange(q_BD.shape[1], device=q_BD.device) < ends_M[:, None]
+        row_R = column_R = torch.empty(0, dtype=torch.int64, device=q_BD.device)
+        if relatives_BK is not None:  # a relative named twice is still one cell
+            row_R, slot_R = (relatives_BK >= 0).nonzero(as_tuple=True)
+            cell_R = torch.unique(row_R * N + relatives_BK[row_R, slot_R])
+            row_R, column_R = cell_R // max(1, N), cell_R % max(1, N)
+        z_MR = positive_scores(q_BD, p_ND, scale, row_R, column_R, dims=dims)
+        found = {}
+        for axis, (x_nD, own_Mn, y_kD, other_Mk, at_R) in {
+            "row": (q_BD, a_MB, p_ND, b_MN, row_R),
+            "column": (p_ND, b_MN, q_BD, a_MB, column_R),
+        }.items():
+            if f"{axis}_total" not in want:
+                continue
+            n, k = (B, N) if axis == "row" else (N, B)
+            total_Mn = own_Mn * ((other_Mk @ y_kD) * is_in_MD @ x_nD.T)
+            found[KINDS[f"{axis}_total"]] = total_Mn.index_add(1, at_R, z_MR, alpha=-1)
+            count_n = q_BD.new_full((n,), k).sub_(torch.bincount(at_R, minlength=n))
+            found[KINDS[f"{axis}_total"].replace("total", "count")] = count_n.expand(M, n)
+        return found
 
 
 @functools.cache

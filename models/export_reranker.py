@@ -2,7 +2,7 @@
 transformers load, with a model card.
 
 A head of transformers' own form is stored as its class for sequence classification; a linear one as
-Transformer + Pooling + Dense. Scores are calibrated logits: the temperature is folded into the last
+Transformer + Pooling + Dense. Scores are calibrated logits: the calibration is folded into the last
 layer, and the activation is Identity, so that nobody applies a sigmoid unasked.
 """
 
@@ -42,9 +42,10 @@ def export_reranker(reranker: Reranker, out: Path, card: Mapping[str, Any]) -> N
     out   replaced as a whole where it exists, and only once everything is written
     card  what the model card says, every key optional: name, data (text), settings (name -> value),
           result (result.json as a dict), limits (list of text), license, language
-    Scores of the folder are logits / spec.temperature; read back, its temperature is 1. Weights are
-    float32. The query prompt becomes the folder's default prompt, which CrossEncoder applies; for a
-    passage prompt it has no place, so users must add that themselves: the card says so.
+    Scores of the folder are logits / spec.temperature + spec.bias; read back, they are calibrated
+    as they stand. Weights are float32. The query prompt becomes the folder's default prompt, which
+    CrossEncoder applies; for a passage prompt it has no place, so users must add that themselves:
+    the card says so.
     """
     out = Path(out)
     write_folder(out, lambda temporary: _write(reranker, temporary, card, name=out.name))
@@ -69,6 +70,7 @@ def _write(reranker: Reranker, out: Path, card: Mapping[str, Any], *, name: str)
             "base": spec.base,
             "passage_prompt": spec.passage_prompt,
             "folded_temperature": spec.temperature,
+            "folded_bias": spec.bias,
         },
     }
     write_json(out / "config_sentence_transformers.json", settings)
@@ -77,12 +79,13 @@ def _write(reranker: Reranker, out: Path, card: Mapping[str, Any], *, name: str)
 
 
 def _folded(reranker: Reranker) -> dict[str, Tensor]:
-    """Parameters of the last layer, divided by the temperature (in float64, rounded once)."""
-    temperature = reranker.spec.temperature
-    return {
-        kind: (parameter.detach().double() / temperature).to(torch.float32)
-        for kind, parameter in reranker.head.out.named_parameters()
-    }
+    """Parameters of the last layer with the calibration (in float64, rounded once)."""
+    spec, out = reranker.spec, reranker.head.out
+    tensors = {"weight": out.weight.detach().double() / spec.temperature}
+    if out.bias is not None or spec.bias:
+        bias_L = torch.zeros(spec.num_labels) if out.bias is None else out.bias.detach()
+        tensors["bias"] = bias_L.double() / spec.temperature + spec.bias
+    return {kind: tensor.to(torch.float32) for kind, tensor in tensors.items()}
 
 
 def _options(reranker: Reranker) -> dict[str, Any]:
@@ -130,17 +133,17 @@ def _write_pooled(reranker: Reranker, out: Path) -> None:
     (out / "1_Pooling").mkdir()
     write_pooling(reranker.pooling, reranker.encoder.width, out / "1_Pooling")
     (out / "2_Dense").mkdir()
-    linear = reranker.head.out
+    linear, folded = reranker.head.out, _folded(reranker)
     config = {
         "in_features": linear.in_features,
         "out_features": linear.out_features,
-        "bias": linear.bias is not None,
+        "bias": "bias" in folded,
         "activation_function": IDENTITY,
         "module_input_name": "sentence_embedding",
         "module_output_name": "scores",
     }
     write_json(out / "2_Dense" / "config.json", config)
-    tensors = {f"linear.{kind}": tensor for kind, tensor in _folded(reranker).items()}
+    tensors = {f"linear.{kind}": tensor for kind, tensor in folded.items()}
     save_tensors(tensors, out / "2_Dense" / "model.safetensors")
 
 
@@ -223,12 +226,13 @@ def rerank_table(result: Mapping[str, Any]) -> list[str]:
 
 def _calibration(reranker: Reranker, result: Mapping[str, Any]) -> str:
     found = result.get("calibration")
-    temperature = f"logits divided by {reranker.spec.temperature:.4g} in the last layer"
+    spec = reranker.spec
+    folded = f"logit / {spec.temperature:.4g} {spec.bias:+.4g}, in the last layer"
     if not found:
-        is_raw = reranker.spec.temperature == 1
-        return "none: the sigmoid of a score is no probability" if is_raw else temperature
+        is_raw = (spec.temperature, spec.bias) == (1, 0)
+        return "none: the sigmoid of a score is no probability" if is_raw else folded
     return (
-        f"{temperature}; expected calibration error of the sigmoid on {found['pairs']} dev pairs"
+        f"{folded}; expected calibration error of the sigmoid on {found['pairs']} dev pairs"
         f" {found['ece_before']:.3f} before, {found['ece_after']:.3f} after"
     )
 

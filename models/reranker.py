@@ -102,7 +102,8 @@ class RerankerSpec:
     max_length: int  # tokens of a pair, prompts and special tokens included
     head: str = "linear"  # key of HEADS
     num_labels: int = 1
-    temperature: float = 1.0  # calibration: probability = sigmoid(logit / temperature)
+    temperature: float = 1.0  # calibration: probability = sigmoid(logit / temperature + bias)
+    bias: float = 0.0  # of one label; several have a temperature alone
     query_prompt: str = ""
     passage_prompt: str = ""
 
@@ -112,7 +113,8 @@ class RerankerSpec:
         score_P = score_P.astype(np.float64)
         if self.num_labels > 1:
             return score_P / (self.num_labels - 1)
-        return 1 / (1 + np.exp(-np.clip(score_P / self.temperature, -500, 500)))
+        logit_P = score_P / self.temperature + self.bias
+        return 1 / (1 + np.exp(-np.clip(logit_P, -500, 500)))
 
 
 class Reranker(nn.Module):
@@ -171,9 +173,11 @@ class Reranker(nn.Module):
         return self.probability(logits_SL) @ label_L
 
     def probability(self, logits_SL: Tensor) -> Tensor:
-        """(S, L) calibrated: sigmoid(logit / temperature), or softmax over several labels."""
+        """(S, L) calibrated: sigmoid(logit / temperature + bias); of several labels softmax."""
         scaled_SL = logits_SL / self.spec.temperature
-        return scaled_SL.sigmoid() if self.width == 1 else scaled_SL.softmax(-1)
+        if self.width == 1:
+            return (scaled_SL + self.spec.bias).sigmoid()
+        return scaled_SL.softmax(-1)
 
 
 def is_reranker(base: str | Path) -> bool:

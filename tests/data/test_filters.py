@@ -360,7 +360,7 @@ def test_models_filter_what_the_rules_left(tmp_path, tiny_base):
 
 
 def test_cross_encoder_filters_by_calibrated_probability(tmp_path, tiny_base):
-    """sigmoid(logit / temperature), with the temperature that the export brings."""
+    """sigmoid(logit / temperature + bias), as the reranker was calibrated."""
     import torch
 
     from evals.rerank import score_pairs
@@ -370,14 +370,14 @@ def test_cross_encoder_filters_by_calibrated_probability(tmp_path, tiny_base):
     reranker = load_reranker(str(tiny_base))
     with torch.no_grad():
         reranker.head.out.weight.normal_(std=1.0)
-    reranker.spec.temperature = 2.0
+    reranker.spec.temperature, reranker.spec.bias = 2.0, 0.5
     pairs = [pair(f"query {w}", f"text {w[::-1]}") for w in ("stone", "rain", "glass")]
     c = settings(tmp_path, tmp_path)
     found = pair_probabilities(reranker, pairs, c)
     logit_P = [
         score_pairs(reranker, [p.query], [p.passage], [(0, 0)], precision="fp32")[0] for p in pairs
     ]
-    expected = [1 / (1 + np.exp(-x / 2.0)) for x in logit_P]
+    expected = [1 / (1 + np.exp(-x / 2.0 - 0.5)) for x in logit_P]
     np.testing.assert_allclose(found, expected, rtol=1e-5)  # one pair at a time in float32
 
 

@@ -102,12 +102,13 @@ def test_the_export_gives_calibrated_scores_and_the_same_order(finished):
     """Calibration fitted and then forgotten at export would show nowhere else."""
     run_dir, reranker, data, result, _ = finished
     dev = data.dev["dev"]
-    temperature = result["calibration"]["temperature"]
+    temperature, bias = (result["calibration"][name] for name in ("temperature", "bias"))
     ours = reranker_scores(reranker, dev, dev.candidates)
     theirs = reranker_scores(load_reranker(run_dir / "export"), dev, dev.candidates)
     assert reranker.spec.temperature == temperature != 1.0
+    assert reranker.spec.bias == bias != 0.0
     for query_id in ours:
-        want = ours[query_id] / temperature
+        want = ours[query_id] / temperature + bias
         assert theirs[query_id] == pytest.approx(want, rel=1e-4, abs=1e-5)
     assert result["calibration"]["ece_after"] <= result["calibration"]["ece_before"]
     assert result["calibration"]["pairs"] == 120

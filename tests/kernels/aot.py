@@ -19,8 +19,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 ROOT = Path(__file__).parents[2]
-DIMS = {"one": (768,), "both": (768,), "many": (64, 128, 256, 512, 768)}
+MANY = (64, 128, 256, 512, 768)
+DIMS = {"one": (768,), "both": (768,), "many": MANY, "softplus": MANY}
 BOTH = "columns row_limit column_limit"
+SOFTPLUS = "softplus row_limit"
 DTYPES = {"bf16": 2, "fp16": 2, "fp32": 4, "tf32": 4}  # tf32: float32, multiplied fast
 
 
@@ -42,13 +44,17 @@ def cases(module, arch: int, dims: list[str], options: list[str], dtypes: list[s
                 continue
             if of == "both":
                 yield kernel, of, dtype, BOTH
+            elif of == "softplus":
+                yield kernel, of, dtype, SOFTPLUS
             elif kernel == "exps":
                 yield kernel, of, dtype, "row_limit"
             else:
-                # one dim with both limits may have a tile of its own
-                is_other = of == "one" and (kernel, "both", size) in tiles
-                own = [o for o in options if not (o == BOTH and is_other)]
-                yield from ((kernel, of, dtype, option) for option in own)
+                for option in options:
+                    other = {("one", BOTH): "both", ("many", SOFTPLUS): "softplus"}.get(
+                        (of, option)
+                    )
+                    if (kernel, other, size) not in tiles:  # else compiled with its own tile
+                        yield kernel, of, dtype, option
 
 
 def compile_case(module, kernel: str, many: str, dtype: str, option: str, arch: int, tile=None):
@@ -60,7 +66,8 @@ def compile_case(module, kernel: str, many: str, dtype: str, option: str, arch: 
         "S": dims[-1], "ENDS": dims, "M": len(dims), "HELD": min(tile.held, len(dims) - 1),
         "BR": tile.rows, "BC": tile.columns, "BF": tile.features, "GROUP": module._GROUP,
         "ROW_LIMIT": "row_limit" in option, "COLUMN_LIMIT": "column_limit" in option,
-        "COLUMNS": "columns" in option.split(), "TMA": tile.tma, "UPCAST": False,
+        "COLUMNS": "columns" in option.split(), "SOFTPLUS": "softplus" in option,
+        "TMA": tile.tma, "UPCAST": False,
         "PRECISION": "tf32" if dtype == "tf32" else "ieee",
     }  # fmt: skip
     element = "fp32" if dtype == "tf32" else dtype
@@ -122,7 +129,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", type=int, default=90, choices=(90, 80))
     parser.add_argument("--dims", nargs="+", default=list(DIMS), choices=list(DIMS))
-    parser.add_argument("--options", nargs="+", default=["", "columns", BOTH])
+    parser.add_argument("--options", nargs="+", default=["", "columns", SOFTPLUS, BOTH])
     parser.add_argument("--dtypes", nargs="+", default=["bf16", "fp32"], choices=list(DTYPES))
     args = parser.parse_args()
     module = load_kernels()

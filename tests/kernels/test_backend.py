@@ -14,6 +14,8 @@ CONFIGS = [
     {"symmetric": 0.3, "dims": [3, 8, 24], "learn_temperature": True, "false_negative_margin": 0.1},
     {"negatives": ["query_passage", "query_query", "passage_passage", "passage_query"],
      "hardness": 2.0},
+    {"label_smoothing": 0.1, "symmetric": 0.5, "dims": [8, 24]},
+    {"kind": "sigmoid", "dims": [8, 24], "learn_temperature": True},
 ]  # fmt: skip
 
 
@@ -28,7 +30,9 @@ def targets() -> Targets:
     return Targets(at, at, torch.ones(18), relatives_BK, 18, query_relatives_BK=at[:, None])
 
 
-@pytest.mark.parametrize("options", CONFIGS, ids=["plain", "matryoshka", "gte"])
+@pytest.mark.parametrize(
+    "options", CONFIGS, ids=["plain", "matryoshka", "gte", "smooth", "sigmoid"]
+)
 def test_every_backend_gives_the_same_loss_and_gradients(options, kernels, monkeypatch):
     """Limits, hardness and factors cross the border between torch and the kernels."""
     if torch.cuda.is_available():

@@ -303,6 +303,78 @@ def test_chunks_are_whole_tiles_that_fit(kernels):
 
 
 # ----------------------------------------------------------------------------------------------
+# sums of softplus
+
+
+def softplus_of(kernels, c: Case, x: Given, bias: float, **options) -> list[Tensor]:
+    """Sums and gradients of q, p, both factors and the bias; no kernel: the definition, float64."""
+    wide = torch.float64 if kernels is None else None
+    leaves = [*x.leaves(wide), torch.tensor(bias, dtype=wide, device=x.a_MB.device)]
+    leaves[-1].requires_grad_()
+    if kernels is not None:
+        sums_MB = kernels.softplus_sweep(
+            *leaves, dims=c.dims, relatives_BK=x.relatives_BK, row_limit_MB=x.row_limit_MB,
+            **options,
+        )  # fmt: skip
+    else:
+        q_BD, p_ND, a_MB, b_MN, b = leaves
+        rows = []
+        for m, d in enumerate(c.dims):
+            z_BN = a_MB[m][:, None] * b_MN[m][None] * (q_BD[:, :d] @ p_ND[:, :d].T)
+            is_in_BN = torch.ones_like(z_BN, dtype=torch.bool)
+            for i, relatives in enumerate(x.relatives_BK.tolist()):
+                for j in relatives:
+                    is_in_BN[i, j] &= j < 0
+            if x.row_limit_MB is not None:
+                is_in_BN &= z_BN <= x.row_limit_MB[m if c.limits == "each" else 0][:, None]
+            rows.append((torch.log1p((z_BN + b).exp()) * is_in_BN).sum(1))
+        sums_MB = torch.stack(rows)
+    (sums_MB * x.up_row_MB).sum().backward()
+    return [sums_MB.detach(), *(leaf.grad for leaf in leaves)]
+
+
+@pytest.mark.parametrize("bias", [-10.0, 0.3])
+@pytest.mark.parametrize("path", ["fused", "dense"])
+@pytest.mark.parametrize(
+    "name", ["square", "hard_negatives", "ragged_dims", "one_limit_for_all", "five_dims"]
+)
+def test_softplus_sums_and_gradients_equal_dense_float64(kernels, device, name, path, bias):
+    """At a bias of -10 almost every term is far below the rounding error of 1."""
+    c = replace(CASES[name], tau=max(CASES[name].tau, 0.05), columns=False)
+    x = given(c, device)
+    found = softplus_of(kernels, c, x, bias, path=path, workspace_mib=1e-3)
+    wanted = softplus_of(None, c, x, bias)
+    for what, got, want in zip(("sums", "q", "p", "a", "b", "bias"), found, wanted, strict=True):
+        assert error(got, want) <= 1e-6 / c.tau, what
+
+
+def test_softplus_of_narrow_inputs(kernels, device):
+    for dtype, unit in ((torch.bfloat16, 2**-8), (torch.float16, 2**-11)):
+        c = Case(B=20, N=29, dims=(10, 24), dtype=dtype)
+        x = given(c, device)
+        found = softplus_of(kernels, c, x, -3.0, path="fused")
+        for got, want in zip(found, softplus_of(None, c, x, -3.0), strict=True):
+            assert error(got, want) <= unit
+
+
+def test_softplus_keeps_every_digit_from_one_end_to_the_other(kernels, device):
+    """log(1 + 2^x) by 1 + 2^x has no digit left at x = -24, and no path but fused is for it."""
+    z_1N = torch.linspace(-60, 60, 241, device=device)[None]
+    one = torch.ones(1, 1, device=device)
+    for j in range(0, 241, 8):
+        z = z_1N[:, j : j + 1]
+        sums = kernels.softplus_sweep(
+            one, one, z, one, torch.zeros((), device=device), dims=(1,), path="fused"
+        )
+        rounding = 3e-7 + 6e-8 * abs(z.item())  # of arithmetic, and of z in base 2
+        assert error(sums, torch.log1p(z.double().exp())) < rounding
+    with pytest.raises(ValueError, match="no sums of softplus; take path='fused'"):
+        kernels.softplus_sweep(one, one, one, one, one, dims=(1,), path="chunk")
+    with pytest.raises(ValueError, match="want a scalar"):
+        kernels.softplus_sweep(one, one, one, one, z_1N, dims=(1,))
+
+
+# ----------------------------------------------------------------------------------------------
 # gradients in the forward
 
 

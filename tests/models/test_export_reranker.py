@@ -52,7 +52,7 @@ def assert_same_everywhere(reranker: Reranker, folder: Path) -> None:
     from sentence_transformers import CrossEncoder
 
     spec = reranker.spec
-    want_SL = logits_of(reranker) / spec.temperature
+    want_SL = logits_of(reranker) / spec.temperature + spec.bias
     assert want_SL.std() > 0.05  # pairs differ, so equality means something
     model = CrossEncoder(str(folder), device="cpu")
     assert isinstance(model.activation_fn, torch.nn.Identity)
@@ -64,9 +64,10 @@ def assert_same_everywhere(reranker: Reranker, folder: Path) -> None:
         np.testing.assert_allclose(in_transformers(folder, pairs), want_SL, rtol=0, atol=ATOL)
     back = load_reranker(folder)
     assert is_reranker(folder)
-    assert vars(back.spec) == vars(spec) | {"base": folder.name, "temperature": 1.0}
+    nothing = {"temperature": 1.0, "bias": 0.0}
+    assert vars(back.spec) == vars(spec) | {"base": folder.name} | nothing
     np.testing.assert_allclose(logits_of(back), want_SL, rtol=0, atol=ATOL)
-    if spec.temperature == 1:
+    if (spec.temperature, spec.bias) == (1, 0):
         ours, theirs = reranker.state_dict(), back.state_dict()
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[k], theirs[k]) for k in ours)
@@ -147,14 +148,14 @@ def test_a_tuned_cross_encoder_of_transformers_exports_into_its_own_class(kind, 
 
 
 @pytest.mark.parametrize("pooling", ["cls", "mean"])
-def test_the_temperature_is_in_the_last_layer_so_that_a_sigmoid_is_a_probability(pooling, tmp_path):
+def test_the_calibration_is_in_the_last_layer_so_that_a_sigmoid_is_a_probability(pooling, tmp_path):
     """Left in a setting that no other library reads, probabilities would be off everywhere."""
     from sentence_transformers import CrossEncoder
 
     base = save_model(tmp_path / "base", "xlm-roberta")
     reranker = shake(build_reranker(ModelConfig(base=str(base), pooling=pooling)))
     before = {k: t.clone() for k, t in reranker.state_dict().items()}
-    reranker.spec.temperature = 2.5
+    reranker.spec.temperature, reranker.spec.bias = 2.5, -0.75
     export_reranker(reranker, tmp_path / "out", {})
     assert all(torch.equal(t, before[k]) for k, t in reranker.state_dict().items())
     assert_same_everywhere(reranker, tmp_path / "out")
@@ -162,6 +163,18 @@ def test_the_temperature_is_in_the_last_layer_so_that_a_sigmoid_is_a_probability
     got = model.predict(PAIRS, activation_fn=torch.nn.Sigmoid())
     want = reranker.probability(torch.from_numpy(logits_of(reranker)))[:, 0]
     np.testing.assert_allclose(got, want, rtol=0, atol=ATOL)
+    np.testing.assert_allclose(
+        reranker.spec.probability(logits_of(reranker)[:, 0]), want, atol=ATOL
+    )
+
+
+def test_a_last_layer_without_a_bias_gets_one_from_the_calibration(tmp_path):
+    base = save_model(tmp_path / "base", "xlm-roberta")
+    reranker = shake(build_reranker(ModelConfig(base=str(base), pooling="mean")))
+    reranker.head.out.register_parameter("bias", None)
+    reranker.spec.temperature, reranker.spec.bias = 2.5, -0.75
+    export_reranker(reranker, tmp_path / "out", {})
+    assert_same_everywhere(reranker, tmp_path / "out")
 
 
 def test_any_architecture_exports_as_transformer_pooling_dense(tmp_path):
@@ -288,7 +301,7 @@ def test_model_card_header_is_yaml_and_the_table_holds_the_results(tmp_path):
     base = save_model(tmp_path / "base", "bert")
     c = ModelConfig(base=str(base), pooling="mean", passage_prompt="passage : ")
     reranker = build_reranker(c)
-    reranker.spec.temperature = 1.5
+    reranker.spec.temperature, reranker.spec.bias = 1.5, -2.25
     result = {
         "metrics": {
             "random": {"mrr": 0.285, "map": 0.28, "ndcg@10": 0.45},
@@ -297,7 +310,13 @@ def test_model_card_header_is_yaml_and_the_table_holds_the_results(tmp_path):
             "tuned": {"mrr": 0.9, "map": 0.89, "ndcg@10": 0.95},
         },
         "delta_of": {"bm25": {"mrr": {"diff": 0.166, "ci95": [0.1, 0.2], "p": 1e-4, "n": 702}}},
-        "calibration": {"ece_before": 0.25, "ece_after": 0.0125, "pairs": 900, "temperature": 1.5},
+        "calibration": {
+            "ece_before": 0.25,
+            "ece_after": 0.0125,
+            "pairs": 900,
+            "temperature": 1.5,
+            "bias": -2.25,
+        },
     }
     card = {
         "name": "rerank: one", "data": "6,000 groups | of questions", "result": result,
@@ -312,7 +331,7 @@ def test_model_card_header_is_yaml_and_the_table_holds_the_results(tmp_path):
     for part in (
         "# rerank: one",
         "| learning rate | 0.0001 |",
-        "| calibration | logits divided by 1.5 in the last layer; expected calibration error of the"
+        "| calibration | logit / 1.5 -2.25, in the last layer; expected calibration error of the"
         " sigmoid on 900 dev pairs 0.250 before, 0.013 after |",
         "| system | mrr | map | ndcg@10 |\n|---|---|---|---|\n",
         "| bm25 | 0.7340 |  |  |",
