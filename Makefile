@@ -1,6 +1,7 @@
 # The commands of the README. Everything runs in .venv, which `make setup` makes and later calls reuse.
 PYTHON ?= python3
 BIN := .venv/bin
+SHARED := -n 2 --dist loadfile  # tests of a file in one process, files shared by two
 export HF_HUB_DISABLE_TELEMETRY := 1
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 
@@ -14,10 +15,10 @@ quickstart: .venv/core
 	fi
 
 test: .venv/dev
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(SHARED)
 
 check: .venv/dev lint
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not slow"
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(SHARED) -m "not slow"
 
 lint: .venv/dev
 	$(BIN)/ruff check --quiet .
