@@ -39,6 +39,13 @@ def validate(c: "PrepareConfig", source: Path, target: Path) -> dict[str, Any]:
     return validate_file(c, source, target)
 
 
+def score(c: "PrepareConfig", source: Path, target: Path) -> dict[str, Any]:
+    """A teacher's scores beside the passages that are there: data/score.py."""
+    from data.score import score_file
+
+    return score_file(c, source, target)
+
+
 def triplets(c: "PrepareConfig", source: Path, target: Path) -> dict[str, Any]:
     """Rows of a query, a positive and a negative: data/triplets.py."""
     from data.triplets import triplets_file
@@ -63,6 +70,7 @@ STAGES: dict[str, Callable[["PrepareConfig", Path, Path], dict[str, Any]]] = {
     "filter": filter_pairs,
     "validate": validate,
     "mine": mine,
+    "score": score,
     "triplets": triplets,
     "split": split,
 }

@@ -767,6 +767,17 @@ class ValidateConfig:
 
 
 @dataclass
+class ScoreConfig:
+    """Whose scores are written beside the passages of each row (data/score.py)."""
+
+    model: str | None = None  # the teacher: cross-encoder or retriever; run, folder or hub id
+    scale: float = 1.0  # times every score: margin_mse learns differences of cosines as they are
+
+    def __post_init__(self) -> None:
+        _require(self.scale > 0, f"score.scale ({self.scale}) must be > 0")
+
+
+@dataclass
 class TripletsConfig:
     """Rows of one query, one positive, one negative (data/triplets.py)."""
 
@@ -803,6 +814,7 @@ class PrepareConfig:
     out: str = MISSING  # folder for <stage>.jsonl, report.json and report.md
     split: str = "train"  # of data; a file of rows alone has none
     columns: dict[str, str] = field(default_factory=dict)  # of data, as data.columns of train.py
+    texts: str | None = None  # BEIR folder with the texts of data's ids; stage score alone
     seed: int = 0
     device: str = "auto"
     precision: str = "auto"  # auto | fp32 | bf16, of every model
@@ -811,6 +823,7 @@ class PrepareConfig:
     mine: MineConfig = field(default_factory=MineConfig)
     filter: FilterConfig = field(default_factory=FilterConfig)
     validate: ValidateConfig = field(default_factory=ValidateConfig)
+    score: ScoreConfig = field(default_factory=ScoreConfig)
     triplets: TripletsConfig = field(default_factory=TripletsConfig)
     parts: PartsConfig = field(default_factory=PartsConfig)  # of the stage split
 
