@@ -1,7 +1,8 @@
 # The commands of the README. Everything runs in .venv, which `make setup` makes and later calls reuse.
 PYTHON ?= python3
 BIN := .venv/bin
-SHARED := -n 2 --dist loadfile  # tests of a file in one process, files shared by two
+# files of tests shared by two processes, in their order: the slow ones are not left for the end
+SHARED := -n 2 --dist loadfile --no-loadscope-reorder
 export HF_HUB_DISABLE_TELEMETRY := 1
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 

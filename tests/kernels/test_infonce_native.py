@@ -79,6 +79,28 @@ def test_row_paths_in_thousands(kernels, path, dtype):
         assert _error(got, want) < 2 * TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("dims", [(384,), MANY])
+def test_sums_of_softplus_in_thousands(kernels, dtype, dims):
+    """SigLIP's bias and temperature: most terms are far below the rounding error of 1."""
+    B, N, D = 1543, 2311, 384
+    inputs = _inputs(B, N, D, len(dims), dtype, 0.1)
+    relatives_BK = torch.arange(B, device="cuda")[:, None]
+    found = []
+    for path, wide in (("fused", None), ("dense", torch.float64)):
+        leaves = [x.detach().clone().to(wide or x.dtype).requires_grad_() for x in inputs]
+        bias = torch.tensor(-10.0, device="cuda", dtype=wide, requires_grad=True)
+        sums_MB = kernels.softplus_sweep(
+            *leaves, bias, dims=dims, relatives_BK=relatives_BK, path=path, workspace_mib=24
+        )
+        up = torch.rand(sums_MB.shape, generator=torch.Generator("cuda").manual_seed(1),
+                        device="cuda") - 0.3  # fmt: skip
+        (sums_MB * up).sum().backward()
+        found.append([sums_MB.detach(), *(x.grad for x in (*leaves, bias))])
+    for got, want in zip(*found, strict=True):
+        assert _error(got, want.double()) < 10 * TOLERANCE[dtype]
+
+
 @pytest.mark.parametrize("path, dims", [("fused", (384,)), ("fused", MANY), ("eform", (384,))])
 def test_memory_stays_within_the_workspace(kernels, path, dims):
     """16,384 x 32,768 cells are 2 GiB in float32; a sweep may hold 256 MiB beyond its gradients."""
