@@ -139,7 +139,8 @@ def test_the_share_of_a_step_is_the_loss_over_loss_and_encoding():
         assert row["encode_ms"] == pytest.approx(row["batch"] * row["pair_ms"], rel=1e-3)
         if row["side"] == "dense":
             whole_ms = row["loss_ms"] + row["encode_ms"]
-            assert row["share"] == pytest.approx(row["loss_ms"] / whole_ms, rel=2e-3)
+            # three digits: up to half a percent
+            assert row["share"] == pytest.approx(row["loss_ms"] / whole_ms, rel=6e-3)
         else:
             assert row["loss_ms"] == "" and row["note"] == "does not run on cpu"
     pair_ms = {row["passages"]: row["pair_ms"] for row in rows}
