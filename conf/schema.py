@@ -771,6 +771,7 @@ class ScoreConfig:
     """Whose scores are written beside the passages of each row (data/score.py)."""
 
     model: str | None = None  # the teacher: cross-encoder or retriever; run, folder or hub id
+    texts: str | None = None  # BEIR folder with the texts of data's ids, as data.texts of train.py
     scale: float = 1.0  # times every score: margin_mse learns differences of cosines as they are
 
     def __post_init__(self) -> None:
@@ -814,7 +815,6 @@ class PrepareConfig:
     out: str = MISSING  # folder for <stage>.jsonl, report.json and report.md
     split: str = "train"  # of data; a file of rows alone has none
     columns: dict[str, str] = field(default_factory=dict)  # of data, as data.columns of train.py
-    texts: str | None = None  # BEIR folder with the texts of data's ids; stage score alone
     seed: int = 0
     device: str = "auto"
     precision: str = "auto"  # auto | fp32 | bf16, of every model

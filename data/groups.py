@@ -61,13 +61,11 @@ class GroupBatch:
     num_many_global: int | None = None
 
     def __post_init__(self) -> None:
-        own = {
-            "num_positives_global": int((self.label_P > 0).sum()),
-            "num_many_global": int((np.bincount(self.group_P) > 1).sum()),
-        }
-        for name, count in own.items():
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, count)
+        if self.num_positives_global is None:
+            object.__setattr__(self, "num_positives_global", int((self.label_P > 0).sum()))
+        if self.num_many_global is None:
+            many = int((np.bincount(self.group_P) > 1).sum())
+            object.__setattr__(self, "num_many_global", many)
 
     @property
     def num_tokens(self) -> int:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from conf.schema import PrepareConfig, SourceConfig
-from data.formats import available_splits, read_examples
+from data.formats import available_splits, read_examples, read_groups
 from data.records import BadRows, Example, hash_bytes
 from data.tables import open_table, sniff
 from runtime.run_dir import write_lines_atomic
@@ -37,18 +37,21 @@ class Pair:
     place: int = 0
 
 
-def read_source(c: PrepareConfig, source: Path) -> list[Example]:
+def read_source(c: PrepareConfig, source: Path, *, groups: bool = False) -> list[Example]:
     """The examples that a stage begins with: c.data, or the rows that an earlier stage wrote.
 
+    groups  as data.formats.read_groups has them, rows of ids included
     Raises ValueError for anything wrong with them, by the names of prepare.py's settings.
     """
     is_data = source == Path(c.data).expanduser()
-    spec = SourceConfig(root=str(source), columns=c.columns if is_data else {})
+    texts = c.score.texts if is_data and groups else None
+    spec = SourceConfig(root=str(source), columns=c.columns if is_data else {}, texts=texts)
+    read = read_groups if groups else read_examples
     try:
-        return list(read_examples(spec, c.split if is_data and available_splits(spec) else None))
+        return list(read(spec, c.split if is_data and available_splits(spec) else None))
     except ValueError as e:  # the readers name train.py's settings
         message = str(e).replace("data.root", "data").replace("data.columns", "columns")
-        raise ValueError(message) from None
+        raise ValueError(message.replace("data.texts", "score.texts")) from None
 
 
 def pairs_of(

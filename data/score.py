@@ -14,12 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from conf.schema import PrepareConfig, SourceConfig
+from conf.schema import PrepareConfig
 from data.candidates import ModelSource
-from data.formats import available_splits, read_groups
 from data.pool import Pool
 from data.records import Example
-from data.rows import row_of, write_rows
+from data.rows import read_source, row_of, write_rows
 from data.teacher import Encoder
 from data.veto import Veto
 from models.pretrained import resolve_base
@@ -41,13 +40,13 @@ def score_file(c: PrepareConfig, source: Path, target: Path) -> dict[str, Any]:
             " cross-encoder or a retriever"
         )
     keep_freed_memory()
-    groups = list(_read(c, source))
+    groups = read_source(c, source, groups=True)
     if not groups:
         raise ValueError(f"data={source}: no row to score")
     pool, pairs_P2 = _pool_of(groups)
     score_P, about = _scores(c, pool, pairs_P2)
     num_rows = write_rows(target, map(row_of, _scored(groups, score_P)))
-    log.info("score: %s pairs of %s queries", f"{len(score_P):,}", f"{num_rows:,}")
+    log.info("score: %s pairs in %s rows", f"{len(score_P):,}", f"{num_rows:,}")
     is_positive_P = np.concatenate(
         [np.arange(len(e.positives) + len(e.negatives)) < len(e.positives) for e in groups]
     )
@@ -65,22 +64,6 @@ def score_file(c: PrepareConfig, source: Path, target: Path) -> dict[str, Any]:
         },
         **about,
     }
-
-
-def _read(c: PrepareConfig, source: Path) -> Iterator[Example]:
-    """What task=rerank would train on, errors by the names of prepare.py's settings."""
-    is_data = source == Path(c.data).expanduser()
-    spec = SourceConfig(
-        root=str(source), columns=c.columns if is_data else {}, texts=c.texts if is_data else None
-    )
-    try:
-        yield from read_groups(spec, c.split if is_data and available_splits(spec) else None)
-    except ValueError as e:
-        message = str(e)
-        for theirs in ("root", "columns", "texts"):
-            ours = "data" if theirs == "root" else theirs
-            message = message.replace(f"data.{theirs}", ours)
-        raise ValueError(message) from None
 
 
 def _pool_of(groups: Sequence[Example]) -> tuple[Pool, np.ndarray]:

@@ -30,7 +30,7 @@ def key_of(c: PrepareConfig, name: str, source: Path) -> str:
 def settings_of(c: PrepareConfig, name: str) -> dict[str, Any]:
     """The stage's own section, and what all stages share."""
     section = getattr(c, SECTIONS.get(name, name), None)
-    shared = {key: getattr(c, key) for key in ("split", "columns", "texts", "seed", "precision")}
+    shared = {key: getattr(c, key) for key in ("split", "columns", "seed", "precision")}
     return shared | (asdict(section) if is_dataclass(section) else {})
 
 

@@ -137,7 +137,7 @@ def similarity_sums(
             )  # fmt: skip
         return replace(rest, **_totals(q_BD, p_ND, scale, dims, relatives_BK, totals))
     if backend == "triton":
-        why_not = _why_no_kernel(q_BD, want, limits, teacher)
+        why_not = _why_no_kernel(q_BD, want, limits)
         if not why_not:
             return _by_kernels(q_BD, p_ND, scale, dims, relatives_BK, limits, want, bias)
         _log_once(f"similarity sums: chunks in torch instead of kernels ({why_not})")
@@ -168,9 +168,7 @@ def kernels() -> ModuleType:
     return module
 
 
-def _why_no_kernel(
-    q_BD: Tensor, want: tuple[str, ...], limits: Limits | None, teacher: Teacher | None
-) -> str:
+def _why_no_kernel(q_BD: Tensor, want: tuple[str, ...], limits: Limits | None) -> str:
     """Empty when the kernels can serve."""
     if q_BD.dtype == torch.float64:
         return "float64"

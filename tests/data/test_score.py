@@ -69,8 +69,8 @@ def test_a_cross_encoders_logits_stand_beside_every_passage(tmp_path, tiny_base,
     with torch.no_grad():
         reranker.head.out.weight.normal_()
     export_reranker(reranker, tmp_path / "teacher", {})
-    score = {"model": str(tmp_path / "teacher"), "scale": 2.0}
-    c = config(tmp_path, labelled, texts=str(beir), score=score)
+    score = {"model": str(tmp_path / "teacher"), "scale": 2.0, "texts": str(beir)}
+    c = config(tmp_path, labelled, score=score)
     report = prepare.prepare(c, tmp_path / "out")["stages"]["score"]
     assert report["counts"] == {"pairs": 9, "positives": 3}
     assert report["teacher"] == "cross-encoder"
@@ -93,7 +93,7 @@ def test_a_cross_encoders_logits_stand_beside_every_passage(tmp_path, tiny_base,
 def test_a_retrievers_cosines_against_transformers(tmp_path, tiny_base, beir, labelled):
     import transformers
 
-    c = config(tmp_path, labelled, texts=str(beir), score={"model": str(tiny_base)})
+    c = config(tmp_path, labelled, score={"model": str(tiny_base), "texts": str(beir)})
     report = prepare.prepare(c, tmp_path / "out")["stages"]["score"]
     assert report["teacher"] == "retriever"
     model = transformers.AutoModel.from_pretrained(tiny_base).eval()
@@ -134,7 +134,10 @@ def test_own_scores_are_replaced_and_all_else_is_kept(tmp_path, tiny_base):
     [
         ({}, "score.model is not set: name the teacher"),
         ({"score": {"model": "nowhere/at_all"}}, "nowhere/at_all"),
-        ({"score": {"model": "BASE"}}, r"rows.jsonl.*texts"),  # ids, and nothing they stand for
+        (
+            {"score": {"model": "BASE"}},
+            r"rows.jsonl.*score.texts",
+        ),  # ids, and nothing they stand for
         ({"score": {"model": "BASE"}, "data": "EMPTY"}, "empty.jsonl"),
     ],
 )
