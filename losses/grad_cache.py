@@ -164,9 +164,11 @@ def train_step(
     the step, and is the gradient of the global loss, the same on every rank, after it.
     """
 
+    tables = large_tables(model)
+
     def encode(number: int, side: str, packed: Packed) -> Tensor:
         seed_chunk(seed, step, ranks.rank, number)
-        with autocast():
+        with autocast(), sparse_gradients(tables):
             return model.encode(side, packed)
 
     if ranks.size > 1:  # what was there would be summed over ranks again
@@ -220,6 +222,9 @@ def train_step(
         push(*kept.pop())
     for number, side, rows in to_replay:
         push(side, rows, encode(number, side, packed_rows(batch, side, rows, device)))
+    for weight in (table.weight for table in tables):
+        if weight.grad is not None and weight.grad.is_sparse:
+            weight.grad = weight.grad.to_dense()
 
     # all ranks: one sum of everything
     tokens = {"replayed_tokens": replayed_tokens, "tokens": batch.num_tokens}
@@ -227,6 +232,30 @@ def train_step(
     loss, numbers = sum_over_ranks(model, loss_fn, loss.detach(), numbers, ranks)
     numbers["replayed_share"] = numbers.pop("replayed_tokens") / numbers.pop("tokens").clamp(min=1)
     return loss, numbers
+
+
+def large_tables(model: nn.Module) -> list[nn.Embedding]:
+    """Embeddings whose gradient a chunk should add as the rows that it read, not as a matrix of the
+    whole vocabulary. On CUDA the matrix costs less than a sparse tensor does."""
+    return [
+        m
+        for m in model.modules()
+        if isinstance(m, nn.Embedding)
+        and m.weight.device.type == "cpu"
+        and m.num_embeddings > 4096  # small ones are cheap, and positions are read again and again
+    ]
+
+
+@contextmanager
+def sparse_gradients(tables: list[nn.Embedding]) -> Iterator[None]:
+    """What is looked up within adds a sparse tensor to its table's gradient."""
+    for table in tables:
+        table.sparse = True
+    try:
+        yield
+    finally:
+        for table in tables:
+            table.sparse = False
 
 
 def sum_over_ranks(

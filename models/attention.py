@@ -8,6 +8,8 @@ import inspect
 import logging
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,29 +21,105 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# A group is (first token, number of sequences, their common length).
-Group = tuple[int, int, int]
+# Cells (n L L) that one block of a group's score matrices may have in one head: two texts of 256
+# tokens. Twelve heads of them in bf16 are 3 MB, which a core or two hold in their own caches.
+BLOCK_AREA = 2 * 256 * 256
 
 
-def length_groups(lengths: list[int]) -> list[Group]:
-    """Runs of neighbouring sequences of equal length; few when the pack is sorted by length."""
+@dataclass
+class Group:
+    """Neighbouring sequences of a pack that attention takes together, as a rectangle (n, L).
+
+    first    their first token in the pack
+    length   L, no less than the longest of them
+    lengths  of each
+    """
+
+    first: int
+    length: int
+    lengths: list[int]
+
+    @property
+    def count(self) -> int:
+        return len(self.lengths)
+
+    @cached_property
+    def tokens(self) -> slice:
+        return slice(self.first, self.first + sum(self.lengths))
+
+    @cached_property
+    def cell_t(self) -> Tensor | None:
+        """Cell of the rectangle, row by row, of each of the group's tokens; None: they fill it."""
+        if min(self.lengths) == self.length:
+            return None
+        starts = range(0, self.count * self.length, self.length)
+        rows = [torch.arange(s, s + n) for s, n in zip(starts, self.lengths, strict=True)]
+        return torch.cat(rows)
+
+    @cached_property
+    def empty_cell_e(self) -> Tensor:
+        """Cells of the rectangle without a token."""
+        is_empty = torch.ones(self.count * self.length, dtype=torch.bool)
+        return is_empty.index_fill_(0, self.cell_t, False).nonzero()[:, 0]
+
+    @cached_property
+    def penalty_n11L(self) -> Tensor | None:
+        """Added to the scores of a key: 0 on tokens, a huge negative number on padding. Finite, so
+        that the row of a padded query inside a window is not empty, whose softmax would be nan."""
+        if self.cell_t is None:
+            return None
+        flat = torch.full((self.count * self.length,), torch.finfo(torch.bfloat16).min / 2)
+        return flat.index_fill_(0, self.cell_t, 0.0).view(self.count, 1, 1, self.length)
+
+    def rectangle(self, x_T: Tensor) -> Tensor:
+        """The group's rows of x (T, ...) as (n, L, ...), zeros where padding; a view without."""
+        part_t = x_T[self.tokens]
+        shape = (self.count, self.length, *x_T.shape[1:])
+        if self.cell_t is None:
+            return part_t.view(shape)
+        cells = part_t.new_empty(self.count * self.length, *x_T.shape[1:])
+        cells.index_copy_(0, self.cell_t, part_t)
+        return cells.index_fill_(0, self.empty_cell_e, 0).view(shape)
+
+    def put(self, x_T: Tensor, rectangle: Tensor) -> None:
+        """Write the rows of (n, L, ...) that are tokens into x (T, ...)."""
+        if self.cell_t is None:
+            x_T[self.tokens].view(rectangle.shape).copy_(rectangle)
+        else:
+            torch.index_select(rectangle.flatten(0, 1), 0, self.cell_t, out=x_T[self.tokens])
+
+
+def length_groups(lengths: list[int], multiple: int = 1) -> list[Group]:
+    """Runs of neighbouring sequences whose lengths have the same next multiple; few when the pack
+    is sorted. A group has at most BLOCK_AREA cells of scores, or one sequence."""
     groups: list[Group] = []
     start = 0
     for length in lengths:
-        if groups and groups[-1][2] == length:
-            first, count, _ = groups[-1]
-            groups[-1] = (first, count + 1, length)
+        padded = -(-length // multiple) * multiple
+        last = groups[-1] if groups else None
+        if last and last.length == padded and (last.count + 1) * padded**2 <= BLOCK_AREA:
+            last.lengths.append(length)
         else:
-            groups.append((start, 1, length))
+            groups.append(Group(start, padded, [length]))
         start += length
     return groups
+
+
+def length_multiple(dtype: torch.dtype) -> int:
+    """What lengths are padded to within a group.
+
+    In bf16 torch's softmax takes rows of a multiple of 32 twice to four times as fast as others,
+    and products of several texts are faster than those of one. The fused kernel of wider types
+    gains nothing by either.
+    """
+    return 32 if dtype == torch.bfloat16 else 1
 
 
 def choose_attention(device_type: str, dtype: torch.dtype, *, bias: bool, dropout: float) -> str:
     """Name of the way to compute attention: varlen | grouped | padded.
 
     varlen   torch.nn.attention.varlen: CUDA, bf16/fp16, no bias, no dropout
-    grouped  our autograd function over groups of equal length: the CPU's fastest; no dropout
+    grouped  our autograd function over groups of near-equal length: the CPU's fastest; no dropout
     padded   scaled_dot_product_attention over one padded rectangle: everything else
     """
     if dropout > 0:
@@ -68,7 +146,7 @@ def _varlen_has_window() -> bool:
 
 _NAMES = {
     "varlen": "torch.nn.attention.varlen",
-    "grouped": "groups of equal length",
+    "grouped": "groups of near-equal length",
     "padded": "scaled_dot_product_attention on padded rectangles",
 }
 _logged: set[str] = set()
@@ -123,7 +201,8 @@ def _attend(
     if way == "varlen":
         return _varlen_attention(qkv_T3HK, packed.cu_lengths_S1, max(packed.lengths), half_window)
     if way == "grouped":
-        return GroupedAttention.apply(qkv_T3HK, bias_HLL, packed.groups, half_window)
+        groups = packed.groups(length_multiple(dtype))
+        return GroupedAttention.apply(qkv_T3HK, bias_HLL, groups, half_window)
     return _padded_attention(qkv_T3HK, bias_HLL, *packed.rectangle, half_window, dropout)
 
 
@@ -136,7 +215,7 @@ def _window_mask(length: int, half_window: int, device: torch.device) -> Tensor 
 
 
 class GroupedAttention(torch.autograd.Function):
-    """softmax(q k^T / sqrt(K) + bias) v over groups of equal length, as one autograd node.
+    """softmax(q k^T / sqrt(K) + bias) v over groups of near-equal length, as one autograd node.
 
     One node instead of a slice per group: autograd's backward of a slice adds a full zero tensor
     per group.
@@ -150,19 +229,18 @@ class GroupedAttention(torch.autograd.Function):
         T, _, H, K = qkv_T3HK.shape
         out_THK = qkv_T3HK.new_empty(T, H, K)
         log_sums = []
-        for first, count, length in groups:
-            tokens = slice(first, first + count * length)
-            q, k, v = _heads_first(qkv_T3HK[tokens], count, length)
+        for group in groups:
+            q, k, v = qkv = _heads_first(group.rectangle(qkv_T3HK))
             if _fused(qkv_T3HK, bias_HLL):
-                mask = _window_mask(length, half_window, qkv_T3HK.device)
-                mask = None if mask is None else _additive(mask, q.dtype)
                 o, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                    q, k, v, attn_mask=mask
+                    q, k, v, attn_mask=_fused_mask(group, half_window, q.dtype)
                 )
                 log_sums.append(log_sum)
             else:
-                o = torch.matmul(_probabilities(q, k, bias_HLL, half_window), v)
-            out_THK[tokens].view(count, length, H, K).copy_(o.transpose(1, 2))
+                q, k, v = _copy(qkv)  # once, or each product would copy its factors
+                scaled_q = q.mul_(1 / math.sqrt(K))
+                o = torch.matmul(_probabilities(scaled_q, k, group, bias_HLL, half_window), v)
+            group.put(out_THK, o.transpose(1, 2))
         ctx.save_for_backward(qkv_T3HK, bias_HLL, out_THK, *log_sums)
         ctx.groups, ctx.half_window = groups, half_window
         return out_THK
@@ -170,45 +248,51 @@ class GroupedAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_THK: Tensor):
         qkv_T3HK, bias_HLL, out_THK, *log_sums = ctx.saved_tensors
-        _, _, H, K = qkv_T3HK.shape
+        K = qkv_T3HK.shape[-1]
         grad_qkv_T3HK = torch.empty_like(qkv_T3HK)
         wants_bias = bias_HLL is not None and ctx.needs_input_grad[1]
         grad_bias_HLL = None
         if wants_bias:
             wide = torch.promote_types(bias_HLL.dtype, torch.float32)
             grad_bias_HLL = torch.zeros_like(bias_HLL, dtype=wide)
-        for i, (first, count, length) in enumerate(ctx.groups):
-            tokens = slice(first, first + count * length)
-            q, k, v = _heads_first(qkv_T3HK[tokens], count, length)
-            g = grad_THK[tokens].view(count, length, H, K).transpose(1, 2)
+        for i, group in enumerate(ctx.groups):
+            q, k, v = qkv = _heads_first(group.rectangle(qkv_T3HK))
+            g = group.rectangle(grad_THK).transpose(1, 2)  # 0 on padding, whose rows so add nothing
             if log_sums:
-                o = out_THK[tokens].view(count, length, H, K).transpose(1, 2)
-                mask = _window_mask(length, ctx.half_window, q.device)
-                mask = None if mask is None else _additive(mask, q.dtype)
+                o = group.rectangle(out_THK).transpose(1, 2)
                 dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                    g, q, k, v, o, log_sums[i], 0.0, False, attn_mask=mask
-                )
+                    g, q, k, v, o, log_sums[i], 0.0, False,
+                    attn_mask=_fused_mask(group, ctx.half_window, q.dtype),
+                )  # fmt: skip
             else:
-                p = _probabilities(q, k, bias_HLL, ctx.half_window)
+                scale = 1 / math.sqrt(K)
+                (q, k, v), g = _copy(qkv), _copy(g)
+                scaled_q = q.mul_(scale)
+                p = _probabilities(scaled_q, k, group, bias_HLL, ctx.half_window)
                 dp = torch.matmul(g, v.transpose(-1, -2))
                 ds = torch._softmax_backward_data(dp, p, -1, p.dtype)
                 if wants_bias:
+                    length = group.length
                     grad_bias_HLL[:, :length, :length] += ds.sum(0, dtype=wide)
                 dv = torch.matmul(p.transpose(-1, -2), g)
-                ds = ds.mul_(1 / math.sqrt(K))
-                dq, dk = torch.matmul(ds, k), torch.matmul(ds.transpose(-1, -2), q)
-            into = grad_qkv_T3HK[tokens].view(count, length, 3, H, K)
-            for slot, part in enumerate((dq, dk, dv)):
-                into[:, :, slot].copy_(part.transpose(1, 2))
+                dq = torch.matmul(ds, k).mul_(scale)
+                dk = torch.matmul(ds.transpose(-1, -2), scaled_q)
+            grad_qkv_nL3HK = qkv_T3HK.new_empty(group.count, group.length, *qkv_T3HK.shape[1:])
+            for part, into in zip((dq, dk, dv), _heads_first(grad_qkv_nL3HK), strict=True):
+                into.copy_(part)
+            group.put(grad_qkv_T3HK, grad_qkv_nL3HK)
         if wants_bias:
             grad_bias_HLL = grad_bias_HLL.to(bias_HLL.dtype)
         return grad_qkv_T3HK, grad_bias_HLL, None, None
 
 
-def _heads_first(qkv: Tensor, count: int, length: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(n L, 3, H, K) -> three views (n, H, L, K)."""
-    _, _, H, K = qkv.shape
-    return qkv.view(count, length, 3, H, K).permute(2, 0, 3, 1, 4).unbind(0)
+def _heads_first(qkv_nL3HK: Tensor) -> Tensor:
+    """(n, L, 3, H, K) -> (3, n, H, L, K), a view."""
+    return qkv_nL3HK.permute(2, 0, 3, 1, 4)
+
+
+def _copy(x: Tensor) -> Tensor:
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def _fused(qkv_T3HK: Tensor, bias_HLL: Tensor | None) -> bool:
@@ -223,13 +307,27 @@ def _additive(mask_LL: Tensor, dtype: torch.dtype) -> Tensor:
     )
 
 
-def _probabilities(q: Tensor, k: Tensor, bias_HLL: Tensor | None, half_window: int) -> Tensor:
+def _fused_mask(group: Group, half_window: int, dtype: torch.dtype) -> Tensor | None:
+    """What is added to a group's scores, (n or 1, 1, L or 1, L); None: nothing."""
+    window_LL = _window_mask(group.length, half_window, torch.device("cpu"))
+    window = None if window_LL is None else _additive(window_LL, dtype)[None, None]
+    if group.penalty_n11L is None:
+        return window
+    penalty = group.penalty_n11L.to(dtype)
+    return penalty if window is None else penalty + window
+
+
+def _probabilities(
+    scaled_q: Tensor, k: Tensor, group: Group, bias_HLL: Tensor | None, half_window: int
+) -> Tensor:
     """softmax(q k^T / sqrt(K) + bias) inside the window, (n, H, L, L) in q's dtype."""
-    length = q.shape[-2]
-    scores = torch.matmul(q * (1 / math.sqrt(q.shape[-1])), k.transpose(-1, -2))
+    length = group.length
+    scores = torch.matmul(scaled_q, k.transpose(-1, -2))
     if bias_HLL is not None:
         scores += bias_HLL[:, :length, :length].to(scores.dtype)
-    mask = _window_mask(length, half_window, q.device)
+    if group.penalty_n11L is not None:
+        scores += group.penalty_n11L.to(scores.dtype)
+    mask = _window_mask(length, half_window, scaled_q.device)
     if mask is not None:
         scores.masked_fill_(~mask, -math.inf)
     return torch.softmax(scores, -1)

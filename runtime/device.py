@@ -4,6 +4,7 @@ allocation."""
 import contextlib
 import ctypes
 import logging
+import os
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -58,10 +59,12 @@ def keep_freed_memory() -> None:
 
     By default every large tensor is mapped and unmapped anew, and the page faults cost more than
     the arithmetic of element-wise layers (docs/numerics.md has the measurement). No effect on
-    results; nothing but Linux has it.
+    results; nothing but Linux has it. torch is asked for huge pages too, which it does once, at its
+    first allocation: call this before there is a tensor.
     """
     if not sys.platform.startswith("linux"):
         return
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # read by torch's allocator: 2 MiB and more
     try:
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(_M_MMAP_MAX, 0)
