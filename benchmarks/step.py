@@ -61,11 +61,12 @@ def arguments() -> argparse.Namespace:
         "--dropout", type=float, default=0.1, help="of hidden states, on both sides"
     )
     parser.add_argument(
-        "--peer-attention-dropout",
+        "--attention-dropout",
         type=float,
-        default=0.0,
-        help="ours has none; all-MiniLM-L6-v2's config.json says 0.1, which the peer follows unless"
-        " told otherwise",
+        nargs=2,
+        default=[0.1, 0.1],
+        metavar=("OURS", "PEER"),
+        help="default: 0.1 0.1, as all-MiniLM-L6-v2's config.json says; as each comes: 0 0.1",
     )
     parser.add_argument("--rounds", type=int, default=3, help="processes of each side")
     parser.add_argument("--chunk-tokens", type=int, default=4096)
@@ -116,17 +117,19 @@ def precisions(args: argparse.Namespace) -> list[str]:
 def worker_options(args: argparse.Namespace, precision: str, budget: float | None) -> list[str]:
     keys = (
         *("peer", "base", "device", "pairs", "batch", "length", "dropout"),
-        *("peer_attention_dropout", "chunk_tokens", "mini_batch"),
+        *("chunk_tokens", "mini_batch"),
     )
     options = [w for key in keys for w in (f"--{key.replace('_', '-')}", str(getattr(args, key)))]
     options += ["--precision", precision]
+    options += ["--attention-dropout", *map(str, args.attention_dropout)]
     return options if budget is None else [*options, "--budget-mib", str(budget)]
 
 
 def row_name(args: argparse.Namespace, budget: float | None) -> str:
     name = f"step b{args.batch} l{args.length}"
-    if args.peer_attention_dropout:
-        name += f" peer attention dropout {args.peer_attention_dropout:g}"
+    ours, peers = args.attention_dropout
+    if args.peer != "direct":  # both its sides are ours
+        name += f" attention dropout {ours:g}" + ("" if ours == peers else f" against {peers:g}")
     return name if budget is None else f"{name} budget {budget:g}"
 
 
@@ -197,6 +200,7 @@ class Ours:
             max_query_length=args.length,
             max_passage_length=args.length,
             dropout=args.dropout,
+            attention_dropout=args.attention_dropout[0],
         )
         self.towers = build_model(model, dims=[]).to(self.device)
         self.loss_fn = build_loss(LossConfig(temperature=0.05)).to(self.device)
@@ -347,8 +351,8 @@ def work_together(args: argparse.Namespace) -> dict:
 
 
 def set_dropout(model: "torch.nn.Module", share: float, of_attention: float) -> None:
-    """Dropout of a transformers model, of hidden states and of attention. Ours has none of the
-    latter; with it the peer's attention leaves its fused kernel, and the network is another one."""
+    """Dropout of a transformers model, of hidden states and of attention. With the latter the
+    peer's attention leaves its fused kernel."""
     from torch import nn
 
     for name, module in model.named_modules():
@@ -378,7 +382,7 @@ def work_sentence_transformers(args: argparse.Namespace) -> dict:
     device = pick_device(args.device)
     model = SentenceTransformer(str(resolve_base(args.base)), device=device.type)
     model.max_seq_length = args.length
-    set_dropout(model, args.dropout, args.peer_attention_dropout)
+    set_dropout(model, args.dropout, args.attention_dropout[1])
     if args.worker == "sentence-transformers-cached":
         loss = CachedMultipleNegativesRankingLoss(
             model, scale=20.0, mini_batch_size=args.mini_batch

@@ -58,7 +58,7 @@ class ModelConfig:
     max_pair_length: int | None = None  # task=rerank: tokens of query and passage together
     num_labels: int = 1  # task=rerank: outputs of the head; above 1 for loss.kind=cross_entropy
     dropout: float | None = None  # hidden states; None: as config.json of the base says
-    attention_dropout: float = 0.0  # above 0 leaves the fast attention paths
+    attention_dropout: float = 0.0  # above 0, CUDA leaves its fast kernel
     freeze: list[str] = field(
         default_factory=list
     )  # query_tower | passage_tower | embeddings | layers:<n>

@@ -37,7 +37,7 @@ def config(pairs, tmp_path):
         mine = {"sources": ["bm25"], "fraction": None, "near_duplicate": None}
         mine |= settings.pop("mine", {})
         shared = {"stages": ["mine"], "data": str(pairs), "out": str(tmp_path / "out")}
-        shared |= {"device": "cpu", "cache_dir": str(tmp_path / "cache")}
+        shared |= {"device": "cpu", "precision": "fp32", "cache_dir": str(tmp_path / "cache")}
         return PrepareConfig(**shared | settings, mine=MineConfig(**mine))
 
     return make

@@ -291,7 +291,8 @@ def mine(tmp_path, tiny_base):
         settings = {"model": str(tiny_base)} | NO_LIMITS | settings
         c = PrepareConfig(
             stages=["mine"], data=str(data), out=str(tmp_path), device="cpu", seed=seed,
-            cache_dir=str(tmp_path / "cache"), mine=MineConfig(**settings), columns=columns or {},
+            precision="fp32", cache_dir=str(tmp_path / "cache"), mine=MineConfig(**settings),
+            columns=columns or {},
         )  # fmt: skip
         target = tmp_path / "mine.jsonl"
         report = mine_file(c, data, target)

@@ -66,7 +66,7 @@ def sample(num_queries: int = 40, num_docs: int = 60, *, top_grade: int = 3, see
 def test_a_score_is_that_of_the_pair_alone(reranker):
     """Packing, sorting by length and scattering back must not hand a score to another pair."""
     pairs = [(q, p) for q in range(len(QUERIES)) for p in range(len(PASSAGES))]
-    found_P = score_pairs(reranker, QUERIES, PASSAGES, pairs, batch_tokens=70)
+    found_P = score_pairs(reranker, QUERIES, PASSAGES, pairs, batch_tokens=70, precision="fp32")
     template = PairTemplate.of(reranker.tokenizer)
     reranker.eval()
     for (q, p), score in zip(pairs, found_P, strict=True):

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch.autograd import gradcheck
 
 from models import attention
-from models.attention import GroupedAttention, length_groups
+from models.attention import GroupedAttention, length_groups, length_multiple
 from models.pretrained import load_encoder
 from models.towers import pool
 from models.transformer import Dropout, GeluDown, pack, relative_bucket
@@ -151,12 +151,16 @@ def _matching_gradient(name: str, theirs: dict) -> torch.Tensor | None:
     )
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("multiple", [1, 4])  # 4: rectangles with padding
 @pytest.mark.parametrize("half_window", [0, 3])
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_grouped_attention_gradient_equals_finite_differences(half_window, with_bias):
-    """The backward is written by hand: finite differences in float64 are the judge, bias and window
-    included."""
-    lengths = [7, 7, 4, 1]
+def test_grouped_attention_gradient_equals_finite_differences(
+    half_window, with_bias, multiple, dropout
+):
+    """The backward is written by hand: finite differences in float64 are the judge, bias, window,
+    padding and dropout included."""
+    lengths = [7, 7, 5, 4, 1]
     generator = torch.Generator().manual_seed(0)
     qkv = torch.randn(
         sum(lengths), 3, 2, 3, dtype=torch.float64, generator=generator, requires_grad=True
@@ -164,8 +168,61 @@ def test_grouped_attention_gradient_equals_finite_differences(half_window, with_
     bias = None
     if with_bias:
         bias = torch.randn(2, 7, 7, dtype=torch.float64, generator=generator, requires_grad=True)
-    groups = length_groups(lengths)
-    assert gradcheck(lambda x, b: GroupedAttention.apply(x, b, groups, half_window), (qkv, bias))
+    groups = length_groups(lengths, multiple)
+
+    def attention(qkv, bias):
+        torch.manual_seed(3)  # the same masks each time
+        return GroupedAttention.apply(qkv, bias, groups, half_window, dropout)
+
+    assert gradcheck(attention, (qkv, bias))
+
+
+@pytest.mark.parametrize("half_window", [0, 3])
+@pytest.mark.parametrize("lengths", [[7, 7, 5, 4, 1], [3, 8, 8, 6, 2, 9]])
+def test_padded_groups_equal_one_text_at_a_time(lengths, half_window):
+    """Padding must add nothing, whatever the order of the lengths: each text's own softmax, written
+    out in float64, is the judge."""
+    generator = torch.Generator().manual_seed(0)
+    qkv = torch.randn(sum(lengths), 3, 2, 3, dtype=torch.float64, generator=generator)
+    expected = []
+    for part in qkv.split(lengths):
+        q, k, v = part.permute(1, 2, 0, 3)
+        scores = q @ k.transpose(1, 2) / 3**0.5
+        at = torch.arange(len(part))
+        if half_window:
+            scores[:, (at[:, None] - at).abs() > half_window] = -torch.inf
+        expected.append((scores.softmax(-1) @ v).transpose(0, 1))
+    bias = torch.zeros(2, 12, 12, dtype=torch.float64)
+    for multiple in (1, 4):
+        for no_bias in (None, bias):  # the fused kernel, and plain products
+            groups = length_groups(lengths, multiple)
+            found = GroupedAttention.apply(qkv, no_bias, groups, half_window)
+            torch.testing.assert_close(found, torch.cat(expected), rtol=1e-12, atol=1e-12)
+
+
+def test_attention_dropout_drops_its_share_and_keeps_the_mean():
+    """With equal scores and values of one, an output is the share of its row that was kept, scaled:
+    1 on average, and it varies as a binomial's mean does."""
+    length, p = 64, 0.3
+    qkv = torch.zeros(10 * length, 3, 4, 2)
+    qkv[:, 2] = 1
+    torch.manual_seed(0)
+    out = GroupedAttention.apply(qkv, None, length_groups([length] * 10), 0, p)[..., 0]
+    expected_std = (p / (1 - p) / length) ** 0.5
+    assert out.mean().item() == pytest.approx(1, abs=5 * expected_std / out.numel() ** 0.5)
+    assert out.std().item() == pytest.approx(expected_std, rel=0.1)  # 2,560 rows: 1.4% rounding
+    assert len({tuple(row) for row in out.T.tolist()}) == 4  # every head has masks of its own
+
+
+def test_groups_are_filled_up_to_their_area():
+    """One group a multiple; a new one where the scores of the next text would not fit."""
+    groups = length_groups([256, 250, 230, 64, 40, 33, 32, 5], 32)
+    assert [(g.first, g.length, g.lengths) for g in groups] == [
+        (0, 256, [256, 250]),
+        (506, 256, [230]),
+        (736, 64, [64, 40, 33]),
+        (873, 32, [32, 5]),
+    ]
 
 
 def test_gelu_down_gradient_equals_autograd():
@@ -186,9 +243,10 @@ def test_gelu_down_gradient_equals_autograd():
 def test_bf16_attention_stays_within_rounding_of_float64():
     """The bf16 path is another piece of code (plain bmm): its error must be that of bf16, about
     2^-8, no more."""
-    lengths = [9, 9, 3]
-    qkv = torch.randn(21, 3, 2, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    groups = length_groups(lengths)
+    lengths = [40, 35, 33, 9, 9, 3]
+    generator = torch.Generator().manual_seed(0)
+    qkv = torch.randn(sum(lengths), 3, 2, 8, dtype=torch.float64, generator=generator)
+    groups = length_groups(lengths, length_multiple(torch.bfloat16))
     exact = GroupedAttention.apply(qkv, None, groups, 0)
     rounded = GroupedAttention.apply(qkv.bfloat16(), None, groups, 0).double()
     assert (rounded - exact).abs().max() < 3 * 2**-8 * exact.abs().max()
@@ -278,7 +336,8 @@ def test_choice_of_attention():
     choose = attention.choose_attention
     assert choose("cpu", torch.float32, bias=False, dropout=0.0) == "grouped"
     assert choose("cpu", torch.float32, bias=True, dropout=0.0) == "grouped"
-    assert choose("cpu", torch.float32, bias=False, dropout=0.1) == "padded"
+    assert choose("cpu", torch.float32, bias=False, dropout=0.1) == "grouped"
+    assert choose("cuda", torch.bfloat16, bias=False, dropout=0.1) == "padded"
     assert choose("cuda", torch.bfloat16, bias=False, dropout=0.0) == "varlen"
     assert choose("cuda", torch.bfloat16, bias=True, dropout=0.0) == "padded"
     assert choose("cuda", torch.float32, bias=False, dropout=0.0) == "padded"
