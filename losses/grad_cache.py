@@ -38,6 +38,10 @@ from models.towers import Towers
 from models.transformer import Packed, pack
 from runtime.distributed import SINGLE, Ranks
 
+# Rows of a table whose gradient is sparse while chunks are encoded: smaller ones are cheap, and
+# positions are read again and again.
+LARGE_TABLE = 4096
+
 
 class Guide(Protocol):
     def lookup(self, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
@@ -242,7 +246,7 @@ def large_tables(model: nn.Module) -> list[nn.Embedding]:
         for m in model.modules()
         if isinstance(m, nn.Embedding)
         and m.weight.device.type == "cpu"
-        and m.num_embeddings > 4096  # small ones are cheap, and positions are read again and again
+        and m.num_embeddings > LARGE_TABLE
     ]
 
 

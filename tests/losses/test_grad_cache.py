@@ -10,6 +10,7 @@ import torch
 
 from conf.schema import LossConfig, ModelConfig
 from data.batches import Batch
+from losses import grad_cache
 from losses.grad_cache import GraphMeter, pieces, targets_on, train_step
 from losses.infonce import InfoNCE
 from models.build import build_model
@@ -98,6 +99,30 @@ def test_any_chunking_and_budget_gives_the_gradient_of_the_whole_batch(
     assert share == {0: 1, 1e-9: 1, math.inf: 0}.get(budget_mib, share)
     if budget_mib == SOME:
         assert 0 < share < 1
+
+
+@pytest.mark.parametrize("kind", ["single", "automodel"])
+@pytest.mark.parametrize("budget_mib", [0, SOME, math.inf])
+def test_sparse_gradients_of_tables_become_the_dense_one(kind, budget_mib, tiny_base, monkeypatch):
+    """Tables above LARGE_TABLE rows, of which tiny models have none, take another way: the dense
+    way is the judge. A second step adds to what is there, and no module stays switched."""
+    model = {"adapter": "automodel"} if kind == "automodel" else {}
+    towers = build_model(ModelConfig(base=str(tiny_base), dropout=0.0, **model), dims=[]).double()
+    loss_fn = InfoNCE(LossConfig(temperature=0.1)).double()
+    options = {"activation_budget_mib": budget_mib}
+    _, _, expected = take_step(towers, loss_fn, random_batch(), **options)
+    monkeypatch.setattr(grad_cache, "LARGE_TABLE", 1)
+    tables = grad_cache.large_tables(towers)
+    assert tables
+    _, _, found = take_step(towers, loss_fn, random_batch(), **options)
+    assert not any(g.is_sparse for g in found.values())
+    assert_close(found, expected)
+    train_step(
+        towers, loss_fn, random_batch(), seed=0, step=0, chunk_tokens=17, device=CPU,
+        autocast=autocast_for("fp32", CPU), **options,
+    )  # fmt: skip
+    assert_close(gradients(towers, loss_fn), {name: 2 * g for name, g in expected.items()})
+    assert not any(table.sparse for table in tables)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
