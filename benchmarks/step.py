@@ -128,8 +128,9 @@ def worker_options(args: argparse.Namespace, precision: str, budget: float | Non
 def row_name(args: argparse.Namespace, budget: float | None) -> str:
     name = f"step b{args.batch} l{args.length}"
     ours, peers = args.attention_dropout
-    if args.peer != "direct":  # both its sides are ours
-        name += f" attention dropout {ours:g}" + ("" if ours == peers else f" against {peers:g}")
+    name += f" attention dropout {ours:g}"
+    if args.peer != "direct" and ours != peers:  # both sides of `direct` are ours
+        name += f" against {peers:g}"
     return name if budget is None else f"{name} budget {budget:g}"
 
 

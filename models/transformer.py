@@ -37,7 +37,7 @@ class Packed:
     lengths: list[int]
     skip_S: Tensor | None = None
     types_T: Tensor | None = None
-    _groups: dict[int, list[Group]] = field(default_factory=dict, repr=False)
+    _groups: dict[int, list[Group]] = field(default_factory=dict, init=False, repr=False)
 
     def groups(self, multiple: int = 1) -> list[Group]:
         """Neighbours that attention takes together: made once, used by every layer."""

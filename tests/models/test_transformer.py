@@ -194,9 +194,9 @@ def test_padded_groups_equal_one_text_at_a_time(lengths, half_window):
         expected.append((scores.softmax(-1) @ v).transpose(0, 1))
     bias = torch.zeros(2, 12, 12, dtype=torch.float64)
     for multiple in (1, 4):
-        for no_bias in (None, bias):  # the fused kernel, and plain products
+        for some_bias in (None, bias):  # the fused kernel, and plain products
             groups = length_groups(lengths, multiple)
-            found = GroupedAttention.apply(qkv, no_bias, groups, half_window)
+            found = GroupedAttention.apply(qkv, some_bias, groups, half_window)
             torch.testing.assert_close(found, torch.cat(expected), rtol=1e-12, atol=1e-12)
 
 
