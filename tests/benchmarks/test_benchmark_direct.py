@@ -28,6 +28,7 @@ def test_cached_and_direct_step_find_the_same_loss(budget, replayed_share, tiny_
 def test_the_command_writes_a_row_for_each_budget(tiny_base, run_benchmark):
     """End to end: paired times from one process, peaks from one process a side."""
     (found,) = run_benchmark("step", *TINY, "--base", str(tiny_base), "--budget-mib", "0")
-    assert found["name"] == "step b8 l32 budget 0" and found["rounds"] == 2
+    assert found["name"] == "step b8 l32 attention dropout 0.1 budget 0"
+    assert found["rounds"] == 2
     assert found["peak_mib"] > 50 and found["peer_peak_mib"] > 50
     assert found["time_ratio"] == pytest.approx(1 / found["ratio"], rel=0.01)

@@ -1,7 +1,12 @@
 """Collectives between real gloo processes, against one process that has all the rows."""
 
+import atexit
+import os
+from pathlib import Path
+
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from runtime.distributed import SINGLE, RankFailed, Ranks, broadcast_state, init_ranks
@@ -152,6 +157,25 @@ def test_what_ranks_tell_each_other():
         told.format(0),
         "value of rank 0",
     ]
+
+
+def threads_around_the_end(ranks: Ranks) -> tuple[int, int]:
+    """This process's threads before and after the group's destruction, an optimiser step behind."""
+    weight = nn.Parameter(torch.ones(2))
+    (ranks.gather_rows(weight[None]).sum()).backward()
+    torch.optim.AdamW([weight]).step()
+    before = len(os.listdir("/proc/self/task"))
+    dist.destroy_process_group()
+    atexit.unregister(dist.destroy_process_group)
+    return before, len(os.listdir("/proc/self/task"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="counts threads in Linux's /proc")
+def test_no_thread_of_the_group_outlives_it():
+    """gloo's loop and its two workers: one that releases a tensor while Python ends aborts it."""
+    for before, after in run_on_ranks(threads_around_the_end, 2):
+        assert after <= before - 3
 
 
 def test_one_process_never_touches_torch_distributed(monkeypatch):
