@@ -12,8 +12,8 @@ from tqdm import tqdm
 from data.batches import chunks
 from data.tokens import num_prompt_tokens, tokenise
 from models.towers import Towers
-from models.transformer import pack
-from runtime.device import autocast_for, pick_precision
+from models.transformer import pack, ready_to_encode
+from runtime.device import autocast_for, pick_precision, tokens_at_once
 
 
 @torch.no_grad()
@@ -44,8 +44,9 @@ def encode(
     skip = 0 if towers.spec.prompt_in_pooling else num_prompt_tokens(tokenizer, prompt)
     tower = towers.tower(side)
     device = next(tower.parameters()).device
-    batch_tokens = batch_tokens or (4096 if device.type == "cpu" else 65536)
-    autocast = autocast_for(pick_precision(precision, device), device)
+    precision = pick_precision(precision, device)
+    batch_tokens = batch_tokens or tokens_at_once(precision, device)
+    autocast = autocast_for(precision, device)
     was_training = tower.training
     tower.eval()
     out_nD = np.empty((len(texts), towers.width), np.float32)
@@ -54,6 +55,7 @@ def encode(
             total=len(texts), desc=progress, unit="text", disable=not progress, leave=False
         ) as bar,
         autocast(),
+        ready_to_encode(tower),
     ):
         for rows in chunks(np.array([len(t) for t in tokens]), batch_tokens):
             skips = np.full(len(rows), skip) if skip else None

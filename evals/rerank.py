@@ -21,7 +21,8 @@ from evals.retrieval import Scored, encode_sets
 from evals.search import Hits, descending_ids, truncate
 from models.reranker import Reranker
 from models.towers import Towers
-from runtime.device import autocast_for, pick_precision
+from models.transformer import ready_to_encode
+from runtime.device import autocast_for, pick_precision, tokens_at_once
 
 Candidates = Mapping[str, Sequence[str]]  # query id -> document ids
 Scores = dict[str, np.ndarray]  # query id -> float32 score of each of its candidates
@@ -71,8 +72,9 @@ def score_pairs(
     length_U = np.array([len(t) for t in query_tokens])[query_U]
     length_U += np.array([len(t) for t in passage_tokens])[passage_U] + template.num_special
     device = next(reranker.parameters()).device
-    batch_tokens = batch_tokens or (4096 if device.type == "cpu" else 65536)
-    autocast = autocast_for(pick_precision(precision, device), device)
+    precision = pick_precision(precision, device)
+    batch_tokens = batch_tokens or tokens_at_once(precision, device)
+    autocast = autocast_for(precision, device)
     was_training = reranker.training
     reranker.eval()
     score_U = np.empty(len(key_U), np.float32)
@@ -81,6 +83,7 @@ def score_pairs(
             total=len(key_U), desc=progress, unit="pair", disable=not progress, leave=False
         ) as bar,
         autocast(),
+        ready_to_encode(reranker),
     ):
         for rows in chunks(np.minimum(length_U, spec.max_length), batch_tokens):
             joined = [

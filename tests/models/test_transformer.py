@@ -8,10 +8,17 @@ import torch.nn.functional as F
 from torch.autograd import gradcheck
 
 from models import attention
-from models.attention import GroupedAttention, length_groups, length_multiple
+from models.attention import ENOUGH, GroupedAttention, length_groups, length_multiple
 from models.pretrained import load_encoder
 from models.towers import pool
-from models.transformer import Dropout, GeluDown, pack, relative_bucket
+from models.transformer import (
+    Dropout,
+    GeluDown,
+    Linear,
+    pack,
+    ready_to_encode,
+    relative_bucket,
+)
 
 LENGTHS = [61, 37, 37, 20, 5, 5, 5, 1]
 BOUND = 2e-5  # the issue's; fp32 sums of a few hundred terms differ by a few 1e-6 at most
@@ -223,6 +230,44 @@ def test_groups_are_filled_up_to_their_area():
         (736, 64, [64, 40, 33]),
         (873, 32, [32, 5]),
     ]
+
+
+def test_lengths_of_many_texts_get_groups_of_their_own():
+    """Neither padding nor a kernel call for a few texts; lengths outside that multiple are padded
+    as ever."""
+    lengths = [40, 34, *[20] * ENOUGH, *[18] * ENOUGH]
+    groups = length_groups(lengths, 32)
+    assert [(g.first, g.length, g.count) for g in groups] == [
+        (0, 64, 2),
+        (74, 20, ENOUGH),
+        (74 + 20 * ENOUGH, 18, ENOUGH),
+    ]
+    assert length_groups(lengths[:-1], 32)[1].length == 32
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_linear_that_is_ready_rounds_as_bf16_does(bias):
+    """Blocked weights are another kernel: float64 is the judge. The block ends with the weights of
+    before, also after an error, and what is learned afterwards is seen."""
+    torch.manual_seed(0)
+    layer = Linear(40, 24, bias=bias)
+    x = torch.randn(70, 40)
+    weight, x_rounded = layer.weight.detach().bfloat16().double(), x.bfloat16().double()
+    exact = x_rounded @ weight.T + (layer.bias.detach().bfloat16().double() if bias else 0)
+    keys = set(layer.state_dict())
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        with pytest.raises(KeyError), ready_to_encode(layer):
+            found = layer(x)
+            assert set(layer.state_dict()) == keys and found.dtype == torch.bfloat16
+            raise KeyError
+        assert layer.ready is None
+        layer.weight.mul_(2)
+        with ready_to_encode(layer):
+            doubled = layer(x)
+    for one, other in ((found, exact), (doubled, 2 * exact - (layer.bias if bias else 0))):
+        assert (one.double() - other).abs().max() < 2**-8 * exact.abs().max()
+    with torch.no_grad(), ready_to_encode(layer):
+        assert layer.ready is None and layer(x).dtype == torch.float32  # no autocast: nothing done
 
 
 def test_gelu_down_gradient_equals_autograd():
