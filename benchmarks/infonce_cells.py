@@ -194,7 +194,7 @@ class Bench:
         release_freed_memory()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-        with PeakMemory(self.device) as memory:
+        with PeakMemory(self.device, in_use=True) as memory:
             began = clock()
             call()
             self._wait()

@@ -178,7 +178,7 @@ def work(args: argparse.Namespace) -> dict:
         take_step(Batches(data.train, batch_size=min(8, batch_size), seed=0).batch_at(0))
         batch = Batches(data.train, batch_size=batch_size, seed=0).batch_at(0)
         release_freed_memory()
-        with PeakMemory(device) as memory:
+        with PeakMemory(device, in_use=True) as memory:
             began = clock()
             share = take_step(batch)
             seconds = clock() - began

@@ -192,11 +192,12 @@ class PeakMemory:
     in_use_mib  growth of what was in use at one time: resident memory holds freed buffers too, and
                 glibc's heap has holes
     Linux keeps the mark of the highest resident memory itself; what is in use, and all elsewhere,
-    is looked at every 10 ms, which misses a shorter peak.
+    is looked at every 10 ms, which misses a shorter peak. What is in use is looked at where asked
+    for alone: malloc counts it under its locks, so that the time of the work counts no longer.
     """
 
-    def __init__(self, device: torch.device):
-        self.device = device
+    def __init__(self, device: torch.device, *, in_use: bool = False):
+        self.device, self._wants_in_use = device, in_use
         self.mib = self.grown_mib = self.in_use_mib = 0.0
         self._stop = threading.Event()
 
@@ -209,12 +210,14 @@ class PeakMemory:
         self._start = self.mib = resident_mib()
         self._start_in_use = self._in_use = in_use_mib()
         self._watch = threading.Thread(target=self._poll, daemon=True)
-        self._watch.start()
+        if self._wants_in_use or not self._has_mark:
+            self._watch.start()
         return self
 
     def _poll(self) -> None:
         while not self._stop.wait(0.01):
-            self._in_use = max(self._in_use, in_use_mib())
+            if self._wants_in_use:
+                self._in_use = max(self._in_use, in_use_mib())
             if not self._has_mark:
                 self.mib = max(self.mib, resident_mib())
 
@@ -224,7 +227,8 @@ class PeakMemory:
             self.in_use_mib = self.mib - self._start
         else:
             self._stop.set()
-            self._watch.join()
+            if self._watch.ident is not None:
+                self._watch.join()
             self.mib = max(self.mib, _mark_mib()) if self._has_mark else self.mib
             self.in_use_mib = self._in_use - self._start_in_use
         self.grown_mib = self.mib - self._start

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from models.attention import Drawn, Group, attend, length_groups
+from models.attention import Drawn, Group, attend, drop_, length_groups
 
 
 @dataclass
@@ -181,15 +181,15 @@ class _MaskedScale(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, p: float) -> Tensor:
         drawn = Drawn(p)
-        keep = drawn.keep(x.shape)
-        ctx.save_for_backward(keep)
+        mask = drawn.mask(x.shape)
+        ctx.save_for_backward(mask.to(torch.int8))
         ctx.scale = drawn.scale
-        return (x * drawn.scale).mul_(keep)
+        return drop_(x * drawn.scale, mask)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        (keep,) = ctx.saved_tensors
-        return (grad * ctx.scale).mul_(keep), None
+        (mask,) = ctx.saved_tensors
+        return drop_(grad * ctx.scale, mask.to(torch.int16)), None
 
 
 class Norm(nn.LayerNorm):
