@@ -28,6 +28,7 @@ from losses.grad_cache import Guide, train_step
 from models.attention import leave_out_of_compilation
 from models.build import build_model, build_reranker
 from models.reranker import Reranker
+from models.shared import start_from_shared
 from models.towers import Towers
 from runtime import checkpoint
 from runtime.clock import Clock
@@ -74,10 +75,12 @@ def train(c: TrainConfig, run_dir: Path) -> None:
         batches = Refreshed(batches, every=c.mine_every, towers=model, c=c, mine=c.mine,
                             folder=run_dir / "mined", ranks=ranks, precision=precision)  # fmt: skip
     start, progress = ranks.on_main(checkpoint.resume, run_dir, model, loss_fn, optimizer)
+    clock = Clock()
+    if start == 0 and c.task == "retrieval" and c.model.projection.init == "shared":
+        ranks.on_main(start_projection, model, data, c, device, precision)
     broadcast_state(ranks, [model, loss_fn], optimizer)
     track = Tracker(c.wandb, run_dir, c)  # rank 0 writes
     track.truncate(start)
-    clock = Clock()
 
     # 2. the loop: one iteration is one optimiser step
     model.train()
@@ -151,6 +154,23 @@ def open_task(
     data = open_data(c.data, model.spec, *tokenizers, seed=c.seed, with_scores=scores)
     dims = sorted(c.dims or c.loss.dims or [model.width], reverse=True)
     return model, data, final, (model, data, dims)
+
+
+def start_projection(
+    model: Towers, data: Data, c: TrainConfig, device: torch.device, precision: str
+) -> None:
+    """Turn the embeddings by what the first training pairs share; the same for any number of
+    ranks."""
+    num_steps = data.train.num_steps(c.optim)
+    batches = data.train.batches(c, num_steps, rank=0, world=1)
+    start_from_shared(
+        model,
+        map(batches.batch_at, range(num_steps)),
+        c.model.projection.init_pairs,
+        chunk_tokens=c.runtime.chunk_tokens,
+        device=device,
+        autocast=autocast_for(precision, device),
+    )
 
 
 def guide_of(c: TrainConfig, data: Data, device: torch.device) -> Guide | None:

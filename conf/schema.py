@@ -23,13 +23,30 @@ def _one_of(key: str, value: str, allowed: tuple[str, ...]) -> None:
 
 @dataclass
 class ProjectionConfig:
-    """A Dense layer after pooling; dim 0 means none."""
+    """A Dense layer after pooling; dim 0 means none, with init=shared the width of the base."""
 
     dim: int = 0
     bias: bool = True
     activation: str = "identity"  # identity | tanh | gelu | relu
+    # random | shared: a rotation that puts first what queries and their passages have in common:
+    # the first dims of a base that never learned Matryoshka are worth more before a single step
+    init: str = "random"
+    init_pairs: int = 1024  # training pairs that init=shared is computed from
+
+    @property
+    def is_wanted(self) -> bool:
+        return self.dim > 0 or self.init != "random"
 
     def __post_init__(self) -> None:
+        _one_of("model.projection.init", self.init, ("random", "shared"))
+        _require(
+            self.init == "random" or self.activation == "identity",
+            f"model.projection.init={self.init} needs model.projection.activation=identity, got"
+            f" {self.activation}",
+        )
+        _require(
+            self.init_pairs > 0, f"model.projection.init_pairs ({self.init_pairs}) must be > 0"
+        )
         _require(
             self.dim >= 0, f"model.projection.dim ({self.dim}) must be >= 0; 0 means no projection"
         )

@@ -4,6 +4,7 @@ import copy
 import logging
 from collections.abc import Iterable, Sequence
 
+import torch
 from torch import nn
 
 from conf.schema import ModelConfig
@@ -28,7 +29,7 @@ def build_model(c: ModelConfig, *, dims: Sequence[int] = ()) -> Towers:
     for tower in _distinct(towers):
         tower.pooling = c.pooling or tower.pooling
         tower.normalize = c.normalize
-    if c.projection.dim:
+    if c.projection.is_wanted:
         _add_projection(towers, c)
     _set_spec(towers, c, dims)
     _freeze(towers, c.freeze)
@@ -46,7 +47,8 @@ def build_reranker(c: ModelConfig) -> Reranker:
     """
     unfit = {
         "model.towers=dual": c.towers == "dual",
-        f"model.projection.dim={c.projection.dim}": bool(c.projection.dim),
+        f"model.projection.dim={c.projection.dim}": c.projection.dim > 0,
+        f"model.projection.init={c.projection.init}": c.projection.init != "random",
         "model.prompt_in_pooling=false": c.prompt_in_pooling is False,
     }
     for setting, is_set in unfit.items():
@@ -104,11 +106,26 @@ def _with_kind(towers: Towers, c: ModelConfig) -> Towers:
 
 
 def _add_projection(towers: Towers, c: ModelConfig) -> None:
-    p = c.projection
-    fresh = Projection(towers.width, p.dim, bias=p.bias, activation=p.activation)
+    p, width = c.projection, towers.width
+    fresh = Projection(width, p.dim or width, bias=p.bias, activation=p.activation)
+    if p.init == "shared":  # the base's own embeddings, until models.shared turns them
+        if p.dim not in (0, width):
+            raise ValueError(
+                f"model.projection.dim ({p.dim}) must be {width}, the width of {c.base}, or 0 for"
+                " it: model.projection.init=shared turns embeddings, it does not cut them"
+            )
+        set_linear(fresh.linear, torch.eye(width))
     if towers.is_dual:  # the same start: two random maps would not point into one space
         towers.query.projections.append(copy.deepcopy(fresh))
     towers.passage.projections.append(fresh)
+
+
+def set_linear(linear: nn.Linear, weight_OI: torch.Tensor) -> None:
+    """Give a layer this weight and no bias, in place."""
+    with torch.no_grad():
+        linear.weight.copy_(weight_OI)
+        if linear.bias is not None:
+            linear.bias.zero_()
 
 
 def _set_spec(towers: Towers, c: ModelConfig, dims: Sequence[int]) -> None:

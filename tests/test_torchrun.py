@@ -21,8 +21,9 @@ def command(tiny_base: Path, name: str, *more: str, launcher: tuple[str, ...] = 
     settings = [
         "+experiment=toy", "model=custom", f"model.base={tiny_base}", "model.max_query_length=32",
         "model.max_passage_length=32", "model.dropout=0", "loss.learn_temperature=true",
-        "loss.symmetric=0.3", f"optim.steps={STEPS}", "optim.batch_size=16", "log_every=1",
-        "save_every=3", "eval_every=6", "examples_shown=0", "runtime.threads=1",
+        "loss.symmetric=0.3", "model.projection.init=shared", f"optim.steps={STEPS}",
+        "optim.batch_size=16", "log_every=1", "save_every=3", "eval_every=6", "examples_shown=0",
+        "runtime.threads=1",
         "runtime.precision=fp32", "runtime.chunk_tokens=100", "runtime.activation_budget_mib=0.5",
         "wandb=disabled", f"name={name}",
     ]  # fmt: skip
