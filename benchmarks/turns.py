@@ -193,7 +193,7 @@ class PeakMemory:
                 glibc's heap has holes
     Linux keeps the mark of the highest resident memory itself; what is in use, and all elsewhere,
     is looked at every 10 ms, which misses a shorter peak. What is in use is looked at where asked
-    for alone: malloc counts it under its locks, so that the time of the work counts no longer.
+    for alone, and not while times are taken: malloc counts it under its locks.
     """
 
     def __init__(self, device: torch.device, *, in_use: bool = False):
