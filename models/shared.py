@@ -24,8 +24,8 @@ def shared_directions(query_PD: Tensor, passage_PD: Tensor) -> Tensor:
 
     Eigenvectors of the symmetric part of the cross-covariance of queries and their passages (the
     inter-battery factors of Tucker 1958, with one map for both sides). All of them together change
-    no similarity; the first d keep more of a pair's than any other d orthonormal directions. Signs
-    are such that the largest entry of a direction is positive.
+    no similarity; no other d orthonormal directions keep more of that covariance than the first d.
+    Signs are such that the largest entry of a direction is positive.
     """
     query_PD, passage_PD = (x.double() - x.double().mean(0) for x in (query_PD, passage_PD))
     cross_DD = query_PD.T @ passage_PD

@@ -18,12 +18,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-
-# Its functions have the process group as a default argument. Imported before there is a group, as
-# here, that is None. torch imports it too, within an optimiser's first step: the group would then
-# outlive its destruction, and gloo's threads the interpreter, which aborts now and then at exit.
-import torch.distributed.nn
 from torch import Tensor, nn
+
+# Functions of torch.distributed.nn have the process group as a default argument: None, where it is
+# imported before there is one, as here. torch imports it too, within an optimiser's first step: the
+# group would then outlive its destruction, and gloo's threads the interpreter, which aborts now and
+# then at exit.
+if dist.is_available():
+    import torch.distributed.nn
 
 log = logging.getLogger(__name__)
 
