@@ -265,7 +265,8 @@ def test_a_linear_that_is_ready_rounds_as_bf16_does(bias):
         with ready_to_encode(layer):
             doubled = layer(x)
     for one, other in ((found, exact), (doubled, 2 * exact - (layer.bias if bias else 0))):
-        assert (one.double() - other).abs().max() < 2**-8 * exact.abs().max()
+        # at most three roundings to 8 bits: of the product, of the bias, of their sum
+        assert (one.double() - other).abs().max() < 3 * 2**-9 * other.abs().max()
     with torch.no_grad(), ready_to_encode(layer):
         assert layer.ready is None and layer(x).dtype == torch.float32  # no autocast: nothing done
 
