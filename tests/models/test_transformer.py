@@ -1,6 +1,8 @@
 """The packed encoder against transformers, on ragged batches: hidden states and parameter
 gradients."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -255,14 +257,15 @@ def test_a_linear_that_is_ready_rounds_as_bf16_does(bias):
     weight, x_rounded = layer.weight.detach().bfloat16().double(), x.bfloat16().double()
     exact = x_rounded @ weight.T + (layer.bias.detach().bfloat16().double() if bias else 0)
     keys = set(layer.state_dict())
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        with pytest.raises(KeyError), ready_to_encode(layer):
+    bf16 = partial(torch.autocast, "cpu", torch.bfloat16)  # one anew: it keeps what it has cast
+    with torch.no_grad():
+        with pytest.raises(KeyError), bf16(), ready_to_encode(layer):
             found = layer(x)
             assert set(layer.state_dict()) == keys and found.dtype == torch.bfloat16
             raise KeyError
         assert layer.ready is None
         layer.weight.mul_(2)
-        with ready_to_encode(layer):
+        with bf16(), ready_to_encode(layer):
             doubled = layer(x)
     for one, other in ((found, exact), (doubled, 2 * exact - (layer.bias if bias else 0))):
         # at most three roundings to 8 bits: of the product, of the bias, of their sum
