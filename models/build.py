@@ -26,7 +26,7 @@ def build_model(c: ModelConfig, *, dims: Sequence[int] = ()) -> Towers:
     """
     towers = load_towers(c.base, c)
     towers = _with_kind(towers, c)
-    for tower in _distinct(towers):
+    for tower in distinct(towers):
         tower.pooling = c.pooling or tower.pooling
         tower.normalize = c.normalize
     if c.projection.is_wanted:
@@ -86,7 +86,8 @@ def _log_size(model: Towers | Reranker, base: str, kind: str) -> None:
     log.info("model: %s, %s, %d parameters, %d frozen", base, kind, total, frozen)
 
 
-def _distinct(towers: Towers) -> list[Tower]:
+def distinct(towers: Towers) -> list[Tower]:
+    """Its towers, one where both sides share it."""
     return [towers.query, towers.passage] if towers.is_dual else [towers.passage]
 
 
@@ -163,7 +164,7 @@ def _set_spec(towers: Towers, c: ModelConfig, dims: Sequence[int]) -> None:
 def _freeze(model: Towers | Reranker, parts: Iterable[str]) -> None:
     """Switch gradients off. MPNet's relative bias, of all layers, freezes with a tower alone."""
     is_reranker = isinstance(model, Reranker)
-    encoders = [model.encoder] if is_reranker else [t.encoder for t in _distinct(model)]
+    encoders = [model.encoder] if is_reranker else [t.encoder for t in distinct(model)]
     for part in parts:
         name, _, count = part.partition(":")
         frozen: list[nn.Module] = []

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from data.batches import Batch
 from losses.grad_cache import empty_embeddings, on, pieces
-from models.build import set_linear
+from models.build import distinct, set_linear
 from models.towers import Towers
 from models.transformer import ready_to_encode
 
@@ -68,7 +68,7 @@ def start_from_shared(
                 break
     query_PD, passage_PD = (torch.cat(x)[:num_pairs].cpu() for x in zip(*pairs, strict=True))
     weight_DD = shared_directions(query_PD, passage_PD)
-    for tower in {id(t): t for t in (towers.query, towers.passage)}.values():
+    for tower in distinct(towers):
         set_linear(tower.projections[-1].linear, weight_DD)
     towers.train(was_training)
     log.info("projection: the directions that %d pairs share, first to last", len(query_PD))
