@@ -337,6 +337,25 @@ class SourceConfig:
 
 
 @dataclass
+class StageConfig:
+    """Steps of a curriculum. None: as the data settings of the same name say."""
+
+    steps: int = MISSING  # how many, after those of the stages before
+    max_negatives: int | None = None
+    random_negatives: int | None = None
+    max_train_length: int | None = None
+
+    def check(self, name: str) -> None:
+        """Raise ValueError for an illegal value; name is how the command line calls this stage."""
+        least = {
+            "steps": 1, "max_negatives": 0, "random_negatives": 0, "max_train_length": 3,
+        }  # fmt: skip
+        for key, low in least.items():
+            value = getattr(self, key)
+            _require(value is None or value >= low, f"{name}.{key} ({value}) must be >= {low}")
+
+
+@dataclass
 class DataConfig(SourceConfig):
     """The data of a run: one source (the fields of SourceConfig), or several under `sets`."""
 
@@ -349,7 +368,10 @@ class DataConfig(SourceConfig):
     )
     max_examples: int | None = None  # the first n training examples after a seeded shuffle
     max_negatives: int | None = None  # own negatives a query and step, sampled; None: all
-    in_batch_negatives: int = 0  # task=rerank: random passages of the step added to each group
+    random_negatives: int = 0  # task=rerank: random training passages added to each group
+    # task=rerank: what the first steps do otherwise, stage by stage, for example
+    # data.curriculum='[{steps: 120, max_negatives: 0, random_negatives: 5, max_train_length: 96}]'
+    curriculum: list[StageConfig] = field(default_factory=list)
     dev_fraction: float = 0.1  # used where the data has no split of its own
     test_fraction: float = 0.1
     split_seed: int = 0
@@ -383,9 +405,11 @@ class DataConfig(SourceConfig):
             f"data.max_negatives ({self.max_negatives}) must be >= 0, or null for all",
         )
         _require(
-            self.in_batch_negatives >= 0,
-            f"data.in_batch_negatives ({self.in_batch_negatives}) must be >= 0",
+            self.random_negatives >= 0,
+            f"data.random_negatives ({self.random_negatives}) must be >= 0",
         )
+        for number, stage in enumerate(self.curriculum):
+            stage.check(f"data.curriculum[{number}]")
         _require(
             0 <= self.dev_fraction < 1
             and 0 <= self.test_fraction < 1
@@ -599,6 +623,11 @@ class TrainConfig:
             f"mine_every ({self.mine_every}) mines by a retriever's own embeddings; with"
             f" task={self.task} loss.kind={self.loss.kind} set it to 0",
         )
+        for key in ("random_negatives", "curriculum"):
+            value = getattr(self.data, key)
+            _require(
+                is_rerank or not value, f"data.{key} ({value}) is of groups, which task=rerank has"
+            )
         _require(
             not (is_rerank and self.loss.dims),
             f"loss.dims ({self.loss.dims}) are a retriever's; a reranker has none",

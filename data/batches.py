@@ -275,8 +275,12 @@ class TrainStore:
         )
         return grades, positive, negative
 
+    def set_of(self, example_E: np.ndarray) -> np.ndarray:
+        """Which set each example is from."""
+        return np.searchsorted(self._example_base, example_E, side="right") - 1
+
     def label(self, example: int) -> str:
-        part = int(np.searchsorted(self._example_base, example, side="right")) - 1
+        part = int(self.set_of(np.array(example)))
         name = f"{self.sets[part].name}: " if len(self.sets) > 1 else ""
         return name + self.sets[part].labels[example - int(self._example_base[part])]
 
@@ -415,7 +419,7 @@ class Batches:
         example_E = self.plan.examples(step)
         query_E = store._query_twin[store._query_E[example_E]]
         at_P, owner_P = store._positives.places(example_E)
-        at_M, owner_M = self.negatives(step, example_E)
+        at_M, owner_M = self.negatives(step, example_E, self.max_negatives)
         positive_P = store._passage_twin[store._positives.values[at_P]]
         negative_M = store._passage_twin[store._negatives.values[at_M]]
         # distinct texts in order of first use; every rank finds the same, then takes its own
@@ -478,17 +482,20 @@ class Batches:
         mine = mine[np.argsort(row[mine], kind="stable")]
         return ScoredPairs(row[mine] - low, column[mine], label[mine], score[mine])
 
-    def negatives(self, step: int, example_E: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(place among the store's negatives, which of example_E it belongs to) of those drawn."""
+    def negatives(
+        self, step: int, example_E: np.ndarray, most: int | None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """(place among the store's negatives, which of example_E it belongs to) of those drawn, at
+        most `most` an example; None: all."""
         place_M, owner_M = self.store._negatives.places(example_E)
-        if self.max_negatives is None or not len(place_M):
+        if most is None or not len(place_M):
             return place_M, owner_M
         # rank of a random number among those of the same example: a draw without replacement
         draw_M = seeded(self.seed, _NEGATIVES, step).random(len(place_M))
         order_M = np.lexsort((draw_M, owner_M))
         count_E = np.bincount(owner_M, minlength=len(example_E))
         rank_M = np.arange(len(order_M)) - np.repeat(np.cumsum(count_E) - count_E, count_E)
-        kept = np.sort(order_M[rank_M < self.max_negatives])
+        kept = np.sort(order_M[rank_M < most])
         return place_M[kept], owner_M[kept]
 
     def stretch(self, lengths: np.ndarray) -> tuple[int, int]:

@@ -2,18 +2,20 @@
 token ids; a pure function of (seed, step, rank, world).
 
 Shapes: E groups of a step over all ranks, P (query, positive) pairs or all pairs of a rank, M own
-negatives drawn, X passages drawn from other groups, N distinct passages of a step.
+negatives drawn, X passages drawn at random, N passages of a data set.
 """
 
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import pairwise
 from typing import Any, Protocol
 
 import numpy as np
 from tokenizers import Tokenizer
 
-from conf.schema import DataConfig, TrainConfig
+from conf.schema import DataConfig, StageConfig, TrainConfig
 from data.batches import Batches, ExampleIds, Ragged, TrainStore, seeded
 from data.datasets import Data, kept_examples, prompts_of, token_stores, train_set
 from data.pairs import PairTemplate, tokenise_plain
@@ -22,7 +24,7 @@ from data.records import RerankSet
 
 log = logging.getLogger(__name__)
 
-_IN_BATCH = 3  # stream of random numbers beside those of data.batches
+_RANDOM = 3  # stream of random numbers beside those of data.batches
 
 
 class Spec(Protocol):
@@ -110,6 +112,17 @@ class GroupStore(TrainStore):
         self._negatives = Ragged(offsets, self._negatives.values[~is_answer])
         self.negative_scores = self.negative_scores[~is_answer]
 
+    @cached_property
+    def distinct_passages(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """(contents ascending, the first passage with each) of every set's passages in use."""
+        _, used = self.texts_used()
+        found = []
+        for low, high in pairwise(self._passage_base.tolist()):
+            passage_N = used[np.searchsorted(used, low) : np.searchsorted(used, high)]
+            content_N, first = np.unique(self._passage_content[passage_N], return_index=True)
+            found.append((content_N, passage_N[first]))
+        return found
+
     def batches(
         self, c: TrainConfig, total_steps: int | None = None, *, rank: int = 0, world: int = 1
     ) -> "GroupBatches":
@@ -119,7 +132,8 @@ class GroupStore(TrainStore):
             batch_size=c.optim.batch_size,
             seed=c.seed,
             max_negatives=c.data.max_negatives,
-            in_batch_negatives=c.data.in_batch_negatives,
+            random_negatives=c.data.random_negatives,
+            curriculum=c.data.curriculum,
             steps=total_steps,
             rank=rank,
             world=world,
@@ -129,22 +143,35 @@ class GroupStore(TrainStore):
 class GroupBatches(Batches):
     """As Batches; batch_size counts groups.
 
-    in_batch_negatives  passages of other groups of the step that join each group as not relevant,
-                        drawn anew each step; fewer where there are not as many
+    random_negatives  training passages of the group's data set that join it as not relevant, drawn
+                      anew each step; fewer where there are not as many
+    curriculum        what the first steps do otherwise (Bengio et al. 2009), stage by stage; what a
+                      stage leaves null is as the settings above say
     """
 
-    def __init__(self, store: GroupStore, *, in_batch_negatives: int = 0, **settings: Any) -> None:
+    def __init__(
+        self,
+        store: GroupStore,
+        *,
+        random_negatives: int = 0,
+        curriculum: Sequence[StageConfig] = (),
+        **settings: Any,
+    ) -> None:
         super().__init__(store, **settings)
-        self.in_batch_negatives = in_batch_negatives
+        last = (self.max_negatives, random_negatives, store.max_length)
+        self.stages = [*(_filled(stage, last) for stage in curriculum), last]
+        self.stage_ends = np.cumsum([s.steps for s in curriculum])
 
     def batch_at(self, step: int) -> GroupBatch:
         store = self.store
+        stage = int(np.searchsorted(self.stage_ends, step, side="right"))
+        max_negatives, random_negatives, max_length = self.stages[stage]
         example_E = self.plan.examples(step)
         at_P, owner_P = store._positives.places(example_E)
-        at_M, owner_M = self.negatives(step, example_E)
+        at_M, owner_M = self.negatives(step, example_E, max_negatives)
         positive_P, negative_M = store._positives.values[at_P], store._negatives.values[at_M]
         own, owner = np.concatenate([positive_P, negative_M]), np.concatenate([owner_P, owner_M])
-        drawn_X, owner_X = self._from_other_groups(step, example_E, own, owner)
+        drawn_X, owner_X = self._at_random(step, example_E, own, owner, random_negatives)
         none_X = np.full(len(drawn_X), np.nan, np.float32)
         # the pairs of all ranks: positives, own negatives and drawn ones of each group in turn
         owner = np.concatenate([owner, owner_X])
@@ -154,10 +181,10 @@ class GroupBatches(Batches):
         num_negatives = len(negative_M) + len(drawn_X)
         label = np.concatenate([store.positive_grades[at_P], np.zeros(num_negatives, np.float32)])
         score = np.concatenate([store.positive_scores[at_P], store.negative_scores[at_M], none_X])
-        length = self._lengths(store._query_E[example_E][owner], passage)
+        length = self._lengths(store._query_E[example_E][owner], passage, max_length)
         low, high = self.stretch(np.bincount(owner, length, len(example_E)).astype(np.int64))
         mine = slice(*np.searchsorted(owner, (low, high)).tolist())
-        pairs = self._pairs(example_E[low:high], owner[mine] - low, passage[mine])
+        pairs = self._pairs(example_E[low:high], owner[mine] - low, passage[mine], max_length)
         return GroupBatch(
             pair_tokens=[ids_T for ids_T, _ in pairs],
             pair_types=[types_T for _, types_T in pairs],
@@ -172,55 +199,70 @@ class GroupBatches(Batches):
             num_many_global=int((np.bincount(owner) > 1).sum()),
         )
 
-    def _lengths(self, query: np.ndarray, passage: np.ndarray) -> np.ndarray:
+    def _lengths(self, query: np.ndarray, passage: np.ndarray, max_length: int) -> np.ndarray:
         """Tokens of pairs."""
         store = self.store
         length = store._query_length[query] + store._passage_length[passage]
-        return np.minimum(length + store.template.num_special, store.max_length)
+        return np.minimum(length + store.template.num_special, max_length)
 
     def _pairs(
-        self, example_E: np.ndarray, owner_P: np.ndarray, passage_P: np.ndarray
+        self, example_E: np.ndarray, owner_P: np.ndarray, passage_P: np.ndarray, max_length: int
     ) -> list[tuple[np.ndarray, np.ndarray]]:
         store = self.store
         queries, _ = store.query_tokens(store._query_E[example_E])
         distinct, at_P = np.unique(passage_P, return_inverse=True)
         passages, _ = store.passage_tokens(distinct)
         return [
-            store.template.join(queries[e], passages[n], store.max_length)
+            store.template.join(queries[e], passages[n], max_length)
             for e, n in zip(owner_P.tolist(), at_P.tolist(), strict=True)
         ]
 
-    def _from_other_groups(
-        self, step: int, example_E: np.ndarray, passage: np.ndarray, owner: np.ndarray
+    def _at_random(
+        self,
+        step: int,
+        example_E: np.ndarray,
+        passage: np.ndarray,
+        owner: np.ndarray,
+        num_wanted: int,
     ) -> tuple[np.ndarray, np.ndarray]:
         """(passages drawn for each group, which group) without texts that are relatives of its
         query or in the group already.
 
         passage, owner  those of all groups, and whose
         """
-        if not self.in_batch_negatives:
+        if not num_wanted:
             return np.zeros(0, np.int64), np.zeros(0, np.int64)
-        store, rng = self.store, seeded(self.seed, _IN_BATCH, step)
-        column_N = np.unique(store._passage_twin[passage])
-        # one of equal texts, though their prompts may differ
-        content_N, first = np.unique(store._passage_content[column_N], return_index=True)
-        column_N = column_N[first]
+        store, rng = self.store, seeded(self.seed, _RANDOM, step)
         asked_E = store._query_content[store._query_E[example_E]]
         own = store._passage_content[passage][np.argsort(owner, kind="stable")]
         own_ends = np.cumsum(np.bincount(owner, minlength=len(example_E)))
         drawn, count_E = [], []
-        for asked, own_content in zip(asked_E.tolist(), np.split(own, own_ends[:-1]), strict=True):
+        for set_number, asked, own_content in zip(
+            store.set_of(example_E).tolist(),
+            asked_E.tolist(),
+            np.split(own, own_ends[:-1]),
+            strict=True,
+        ):
+            content_N, passage_N = store.distinct_passages[set_number]
             related, _ = store._relatives.take(np.array([asked]))
             taken = np.concatenate([related, own_content])
             at = np.minimum(np.searchsorted(content_N, taken), len(content_N) - 1)
             left_out = np.unique(at[content_N[at] == taken])
             # enough that as many remain when those are taken away
-            num = min(len(column_N), self.in_batch_negatives + len(left_out))
-            chosen = rng.choice(len(column_N), num, replace=False)
-            chosen = chosen[~np.isin(chosen, left_out)][: self.in_batch_negatives]
-            drawn.append(column_N[chosen])
+            num = min(len(passage_N), num_wanted + len(left_out))
+            chosen = rng.choice(len(passage_N), num, replace=False)
+            chosen = chosen[~np.isin(chosen, left_out)][:num_wanted]
+            drawn.append(passage_N[chosen])
             count_E.append(len(chosen))
         return np.concatenate(drawn), np.repeat(np.arange(len(example_E)), count_E)
+
+
+def _filled(stage: StageConfig, last: tuple) -> tuple:
+    """(most own negatives, random ones, tokens of a pair) of a stage; `last` holds those of the
+    steps after all stages, and no pair is longer than there."""
+    own = (stage.max_negatives, stage.random_negatives, stage.max_train_length)
+    most, random, length = (b if a is None else a for a, b in zip(own, last, strict=True))
+    return most, random, min(length, last[2])
 
 
 @dataclass
@@ -268,10 +310,10 @@ def open_groups(
     store = GroupStore(
         sets, c.mix, c.mix_temperature, kept, template=template, max_length=max_length
     )
-    if not len(store._negatives.values) and not c.in_batch_negatives:
+    if not len(store._negatives.values) and not c.random_negatives:
         raise ValueError(
             f"{c.root or ', '.join(c.sets)}: no query has a passage that does not answer it, and a"
-            " reranker learns from the difference; set data.in_batch_negatives (e.g. 4), or mine"
+            " reranker learns from the difference; set data.random_negatives (e.g. 4), or mine"
             " negatives: python prepare.py 'stages=[mine]' data=<folder> out=<folder>"
         )
     return GroupData(store, found.dev, found.test, found.report_of(store), found.prompts)

@@ -25,7 +25,7 @@ WORKS = {
         *RETRIEVER, "mine_every=5", "mine.fraction=null", "mine.near_duplicate=null",
     ),
     "reranker": (
-        "task=rerank", "loss=softmax", "data.in_batch_negatives=3", "model.max_pair_length=48",
+        "task=rerank", "loss=softmax", "data.random_negatives=3", "model.max_pair_length=48",
         "best_metric=mrr",
     ),
 }  # fmt: skip

@@ -13,7 +13,7 @@ OWN = {
         "model.max_query_length=32", "model.max_passage_length=32", "loss.dims=[8,4]",
         "loss.dim_weights=[]",
     ),
-    "rerank": ("model.max_pair_length=48", "data.in_batch_negatives=2"),
+    "rerank": ("model.max_pair_length=48", "data.random_negatives=2"),
 }  # fmt: skip
 
 

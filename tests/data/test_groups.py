@@ -1,5 +1,6 @@
 """Groups from files to pairs of tokens, against plain Python: coverage, ranks, draws, cache."""
 
+import dataclasses
 import json
 import logging
 import random
@@ -11,7 +12,14 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from conf.schema import DataConfig, LossConfig, OptimConfig, SourceConfig, TrainConfig
+from conf.schema import (
+    DataConfig,
+    LossConfig,
+    OptimConfig,
+    SourceConfig,
+    StageConfig,
+    TrainConfig,
+)
 from data import reading
 from data.datasets import open_data
 from data.formats import read_rerank_set
@@ -171,9 +179,7 @@ def test_an_epoch_holds_every_group_once_and_whole(tmp_path, is_shuffled):
 
 def test_batches_do_not_depend_on_what_was_asked_before(tmp_path):
     """A resumed run starts at a step that no state has led to."""
-    c = settings(
-        tmp_path, root=str(folder(tmp_path / "data")), max_negatives=2, in_batch_negatives=2
-    )
+    c = settings(tmp_path, root=str(folder(tmp_path / "data")), max_negatives=2, random_negatives=2)
     data = open_groups(c, spec(), letters())
     first = [batches(data, c).batch_at(s) for s in range(14)]
     again = batches(open_groups(c, spec(), letters()), c)
@@ -186,9 +192,7 @@ def test_batches_do_not_depend_on_what_was_asked_before(tmp_path):
 @pytest.mark.parametrize("world", [2, 3, 11])
 def test_ranks_share_a_step_by_whole_groups(tmp_path, world):
     """Every rank must agree on who takes what without a word; with 11 ranks four have nothing."""
-    c = settings(
-        tmp_path, root=str(folder(tmp_path / "data")), max_negatives=3, in_batch_negatives=1
-    )
+    c = settings(tmp_path, root=str(folder(tmp_path / "data")), max_negatives=3, random_negatives=1)
     data = open_groups(c, spec(), letters())
     for step in range(6):
         whole = batches(data, c).batch_at(step)
@@ -240,22 +244,22 @@ def test_own_negatives_are_drawn_anew_each_epoch(tmp_path):
     assert counts.min() > 1 and counts.max() < 26 and drawn["q9"][0] == 40
 
 
-def test_passages_of_other_groups_join_as_not_relevant(tmp_path):
+def test_random_passages_join_as_not_relevant(tmp_path):
     """None may be known to answer the query, be its own text, or be in the group already."""
     rows = labelled(60, seed=4)
     rows += [{"query": f"extra{i}", "passage": "qa", "label": 1, "score": None} for i in range(3)]
     rows += [{"query": "qa", "passage": "p1", "label": 1, "score": None}]
     root = write(tmp_path / "data" / "train.jsonl", rows).parent
     fractions = {"dev_fraction": 0.0, "test_fraction": 0.0}
-    c = settings(tmp_path, root=str(root), in_batch_negatives=4, **fractions)
+    c = settings(tmp_path, root=str(root), random_negatives=4, **fractions)
     data = open_groups(c, spec(), letters())
     wanted = wanted_of(rows)
-    some = batches(data, c, batch_size=16)
+    everything = {p for own in wanted.values() for _, p in own}
+    some = batches(data, c, batch_size=2)  # two groups alone have not as many
     drawn = Counter()
-    for step in range(8):
+    for step in range(64):
         batch = some.batch_at(step)
         found = read_back(batch)
-        present = {p for g in found for q, p in g if (q, p) in wanted[q]}
         for group in found:
             query = next(iter(group))[0]
             own = wanted[query]
@@ -264,7 +268,7 @@ def test_passages_of_other_groups_join_as_not_relevant(tmp_path):
             for pair in extra:
                 label, score = group[pair]
                 assert label == 0 and np.isnan(score)
-                assert pair[1] in present and pair[1] != query
+                assert pair[1] in everything and pair[1] != query
                 drawn[pair[1]] += 1
         again = read_back(some.batch_at(step))
         assert all(same(a, b) for a, b in zip(found, again, strict=True))
@@ -272,21 +276,21 @@ def test_passages_of_other_groups_join_as_not_relevant(tmp_path):
 
 
 def test_whatever_is_known_to_answer_is_left_out_of_the_draw(tmp_path):
-    """Asked for more than there are, the draw is all passages of the step but the forbidden ones:
+    """Asked for more than there are, the draw is all passages of the set but the forbidden ones:
     answers known from another data set and the query's own text among them."""
     rows = [{"query": f"q{i}", "positive": f"p{i}", "negative": f"n{i % 2}"} for i in range(6)]
     a = write(tmp_path / "a.jsonl", [*rows, {"query": "z", "positive": "q2", "negative": "n0"}])
     b = write(tmp_path / "b.jsonl", [{"query": "q1", "positive": "p4", "negative": "m"}])
     sets = {"a": SourceConfig(root=str(a)), "b": SourceConfig(root=str(b))}
-    c = settings(tmp_path, sets=sets, in_batch_negatives=50, dev_fraction=0, test_fraction=0)
+    c = settings(tmp_path, sets=sets, random_negatives=50, dev_fraction=0, test_fraction=0)
     batch = batches(open_groups(c, spec(), letters()), c, batch_size=8).batch_at(0)
     found = {}
     for group in read_back(batch):
         query = next(iter(group))[0]
         found.setdefault(query, []).append({p for _, p in group})
-    everything = {*(f"p{i}" for i in range(6)), "n0", "n1", "m", "q2"}
-    without = sorted(everything - {"p4"}), sorted(everything - {"p1"})
-    assert sorted(map(sorted, found.pop("q1"))) == list(without)
+    everything = {*(f"p{i}" for i in range(6)), "n0", "n1", "q2"}
+    of_a, of_b = sorted(everything - {"p4"}), ["m", "p4"]
+    assert sorted(map(sorted, found.pop("q1"))) == sorted([of_a, of_b])
     assert found.pop("q2") == [everything - {"q2"}]
     assert all(some == [everything] for some in found.values()) and len(found) == 5
 
@@ -312,13 +316,47 @@ def test_scores_stay_with_the_negatives_that_are_left(tmp_path):
     assert data.report["data_sets"]["data"]["train"]["negatives_that_are_positives"] == 1
 
 
-def test_a_small_step_has_fewer_passages_to_draw(tmp_path):
+def test_a_small_set_has_fewer_passages_to_draw(tmp_path):
     rows = [{"query": f"q{i}", "positive": f"p{i}"} for i in range(3)]
     root = write(tmp_path / "data" / "train.jsonl", rows).parent
-    c = settings(tmp_path, root=str(root), in_batch_negatives=9, dev_fraction=0.0, test_fraction=0)
+    c = settings(tmp_path, root=str(root), random_negatives=9, dev_fraction=0.0, test_fraction=0)
     batch = batches(open_groups(c, spec(), letters()), c).batch_at(0)
     assert [len(g) for g in read_back(batch)] == [3, 3, 3]
     assert batch.score_P is None  # no data set has a teacher's scores
+
+
+def test_a_curriculum_changes_the_first_steps_alone(tmp_path):
+    """Stage by stage: which negatives, how many, how long; then as without one, to the last id."""
+    root = str(folder(tmp_path / "data"))
+    plain = settings(tmp_path, root=root, max_negatives=3, random_negatives=1)
+    stages = [
+        StageConfig(steps=3, max_negatives=0, random_negatives=5, max_train_length=24),
+        StageConfig(steps=2, max_negatives=1, max_train_length=1000),  # more than a pair takes
+    ]
+    c = dataclasses.replace(plain, curriculum=stages)
+    data = open_groups(c, spec(), letters())
+    staged, without = batches(data, c), batches(open_groups(plain, spec(), letters()), plain)
+    easy = dataclasses.replace(plain, max_negatives=0, random_negatives=5, max_train_length=24)
+    one = dataclasses.replace(plain, max_negatives=1)
+    for step, expected in enumerate([easy] * 3 + [one] * 2 + [plain] * 3):
+        other = batches(open_groups(expected, spec(), letters()), expected)
+        assert_equal(staged.batch_at(step), other.batch_at(step))
+    assert_equal(staged.batch_at(13), without.batch_at(13))
+    assert max(map(len, staged.batch_at(0).pair_tokens)) == 24
+    assert max(map(len, staged.batch_at(5).pair_tokens)) > 24
+
+
+@pytest.mark.parametrize(
+    ("stage", "message"),
+    [
+        ({"steps": 0}, r"data\.curriculum\[1\]\.steps \(0\) must be >= 1"),
+        ({"steps": 2, "max_train_length": 2}, r"\[1\]\.max_train_length \(2\) must be >= 3"),
+        ({"steps": 2, "random_negatives": -1}, r"\[1\]\.random_negatives \(-1\) must be >= 0"),
+    ],
+)
+def test_a_stage_that_cannot_be_is_named(tmp_path, stage, message):
+    with pytest.raises(ValueError, match=message):
+        settings(tmp_path, curriculum=[StageConfig(steps=1), StageConfig(**stage)])
 
 
 def test_pairs_are_cut_as_the_tokenizer_cuts_them(tmp_path):
@@ -359,7 +397,7 @@ def test_natural_negatives_are_a_second_data_set(tmp_path):
     rows = [{"query": f"none{i}", "passage": f"p{i}", "label": 0} for i in range(30)]
     path = write(tmp_path / "natural.jsonl", rows)
     sets = {"main": SourceConfig(root=str(main)), "natural": SourceConfig(root=str(path))}
-    c = settings(tmp_path, sets=sets, in_batch_negatives=1)
+    c = settings(tmp_path, sets=sets, random_negatives=1)
     data = open_groups(c, spec(), letters())
     assert data.train.num_examples == 70
     assert list(data.dev) == ["main"] and list(data.test) == ["main"]
@@ -420,10 +458,10 @@ def test_positives_alone_are_refused_with_the_remedy(tmp_path):
     rows = [{"query": f"q{i}", "positive": f"p{i}"} for i in range(30)]
     path = write(tmp_path / "rows.jsonl", rows)
     with pytest.raises(
-        ValueError, match=r"rows\.jsonl.*set data\.in_batch_negatives.*stages=\[mine\]"
+        ValueError, match=r"rows\.jsonl.*set data\.random_negatives.*stages=\[mine\]"
     ):
         open_groups(settings(tmp_path, root=str(path)), spec(), letters())
-    data = open_groups(settings(tmp_path, root=str(path), in_batch_negatives=2), spec(), letters())
+    data = open_groups(settings(tmp_path, root=str(path), random_negatives=2), spec(), letters())
     assert data.dev["dev"].candidates is None
 
 
