@@ -144,13 +144,13 @@ def open_task(
     c: TrainConfig, device: torch.device
 ) -> tuple[Towers | Reranker, Data | GroupData, ModuleType, tuple]:
     """(model, data, who judges it, and by what): all that depends on c.task."""
+    scores = c.loss.learns_scores
     if c.task == "rerank":
         model = build_reranker(c.model).to(device)
-        data = open_groups(c.data, model.spec, model.tokenizer, seed=c.seed)
+        data = open_groups(c.data, model.spec, model.tokenizer, seed=c.seed, with_scores=scores)
         return model, data, final_rerank, (model, data)
     model = build_model(c.model, dims=c.loss.dims).to(device)
     tokenizers = model.tokenizer_query, model.tokenizer_passage
-    scores = c.loss.learns_scores
     data = open_data(c.data, model.spec, *tokenizers, seed=c.seed, with_scores=scores)
     dims = sorted(c.dims or c.loss.dims or [model.width], reverse=True)
     return model, data, final, (model, data, dims)

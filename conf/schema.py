@@ -123,9 +123,9 @@ RERANK_LOSSES = (
 @dataclass
 class LossConfig:
     """A contrastive loss (losses/infonce.py has the equations), or, for task=rerank, one of
-    losses/rerank.py: its keys are temperature (divides the logits), positive_weight and
-    teacher_temperature. Two of those, margin_mse and kl, also teach a retriever a reranker's scores
-    (losses/distill.py).
+    losses/rerank.py: its keys are temperature (divides the logits), positive_weight,
+    teacher_temperature and teacher_weight. Two of those, margin_mse and kl, also teach a retriever
+    a reranker's scores (losses/distill.py).
 
     A pair's contrastive loss is softplus(log sum exp(z of negatives) - z of the positive), with z =
     cosine / temperature. The keys below the temperature say which negatives, and what else is
@@ -156,7 +156,9 @@ class LossConfig:
     debias: float = 0.0  # assumed share of false negatives among the negatives
     teacher: str | None = None  # model whose in-batch similarities are soft labels
     teacher_temperature: float = 0.05
-    teacher_weight: float = 0.0  # share of KL(teacher || model); 1: nothing else
+    # share of KL(teacher || model), 1: nothing else; task=rerank: of the data's scores, beside the
+    # labels
+    teacher_weight: float = 0.0
     dims: list[int] = field(default_factory=list)  # Matryoshka; empty: the full dimension alone
     dim_weights: list[float] = field(default_factory=list)  # one a dim; empty: all 1
     dims_per_step: int = 0  # a seeded sample of the dims each step; 0: all
@@ -169,7 +171,9 @@ class LossConfig:
 
     @property
     def learns_scores(self) -> bool:
-        return self.kind in SCORE_LOSSES
+        """Whether the data must have a teacher's scores."""
+        is_beside_labels = self.kind in RERANK_LOSSES and self.teacher_weight > 0
+        return self.kind in SCORE_LOSSES or is_beside_labels
 
     def __post_init__(self) -> None:
         _one_of("loss.kind", self.kind, CONTRASTIVE_LOSSES + RERANK_LOSSES)
@@ -248,7 +252,7 @@ class LossConfig:
             f"loss.teacher_temperature ({self.teacher_temperature}) must be > 0",
         )
         _require(
-            (self.teacher is not None) == (self.teacher_weight > 0),
+            (self.teacher is not None) == (self.teacher_weight > 0) or self.kind in RERANK_LOSSES,
             f"loss.teacher ({self.teacher}) and loss.teacher_weight ({self.teacher_weight}) go"
             f" together: name a model and a weight in (0, 1], or neither",
         )
@@ -285,6 +289,8 @@ class LossConfig:
         if self.kind not in SCORE_LOSSES:
             keys += ("dims", "dim_weights", "dims_per_step")
         self._refuse(keys, f"a contrastive loss, not to loss.kind={self.kind}")
+        if self.kind in (*SCORE_LOSSES, "cross_entropy"):
+            self._refuse(("teacher_weight",), f"losses of grades, not to loss.kind={self.kind}")
         _require(
             self.positive_weight > 0, f"loss.positive_weight ({self.positive_weight}) must be > 0"
         )

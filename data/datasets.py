@@ -89,18 +89,23 @@ def open_data(
     store = TrainStore(train_sets, c.mix, c.mix_temperature, kept)
     if with_scores:
         check_scores(store)
+        check_positives(store)
     return Data(store, found.dev, found.test, found.prompts, found.report_of(store))
 
 
 def check_scores(store: TrainStore) -> None:
-    """Raise ValueError where a retriever cannot learn a teacher's scores from these examples."""
+    """Raise ValueError where these examples have no scores of a teacher."""
     _, *scores = store.group_values
     if not any(np.isfinite(s).any() for s in scores):
         raise ValueError(
-            "loss.kind=margin_mse and kl learn a teacher's scores, but no row has positive_scores"
-            " and negative_scores; python prepare.py 'stages=[mine]' mine.reranker=<reranker>"
-            " writes them"
+            "loss.kind=margin_mse and kl, and loss.teacher_weight of a reranker, learn a teacher's"
+            " scores, but no row has positive_scores and negative_scores; python prepare.py"
+            " 'stages=[score]' score.model=<reranker or retriever> writes them"
         )
+
+
+def check_positives(store: TrainStore) -> None:
+    """Raise ValueError where a retriever has nothing to learn from an example."""
     for one in store.sets:
         alone = int((np.diff(one.positives.offsets) == 0).sum())
         if alone:

@@ -17,7 +17,14 @@ from tokenizers import Tokenizer
 
 from conf.schema import DataConfig, StageConfig, TrainConfig
 from data.batches import Batches, ExampleIds, Ragged, TrainStore, seeded
-from data.datasets import Data, kept_examples, prompts_of, token_stores, train_set
+from data.datasets import (
+    Data,
+    check_scores,
+    kept_examples,
+    prompts_of,
+    token_stores,
+    train_set,
+)
 from data.pairs import PairTemplate, tokenise_plain
 from data.reading import read_sets
 from data.records import RerankSet
@@ -285,6 +292,7 @@ def open_groups(
     *,
     seed: int = 0,
     vocab_size: int | None = None,
+    with_scores: bool = False,
 ) -> GroupData:
     """Read and tokenise the data of `c`, or open what an earlier run left for the same content.
 
@@ -292,8 +300,9 @@ def open_groups(
     tokenizer   with truncation and padding off
     seed        of the choice of data.max_examples
     vocab_size  rows of the model's embedding table; None: not checked
-    Raises ValueError for anything wrong with the data or its settings, and where groups are
-    positives alone.
+    with_scores  whether the loss learns a teacher's scores
+    Raises ValueError for anything wrong with the data or its settings, where groups are positives
+    alone, and where scores are wanted but there are none.
     """
     found = read_sets(c, groups=True)
     template = PairTemplate.of(tokenizer)
@@ -310,6 +319,8 @@ def open_groups(
     store = GroupStore(
         sets, c.mix, c.mix_temperature, kept, template=template, max_length=max_length
     )
+    if with_scores:
+        check_scores(store)
     if not len(store._negatives.values) and not c.random_negatives:
         raise ValueError(
             f"{c.root or ', '.join(c.sets)}: no query has a passage that does not answer it, and a"

@@ -23,6 +23,8 @@ and the mean over the groups of:
     margin_mse  mean over X of ((z_i - z_j) - (t_i - t_j))^2    Hofstaetter et al. 2020
     kl          KL(softmax(t / teacher temperature) || softmax(z))    Hinton et al. 2015, sec. 2
 
+With w = loss.teacher_weight, a loss of grades becomes (1 - w) times itself + w times kl.
+
 d_i = D(rank of i by z) = log2(1 + rank), g_i = (2^y_i - 1) / maximal DCG of the group. In nats, but
 for margin_mse. Positives are never told from each other (softmax, listmle): with one positive the
 softmax is the usual one, and where all grades differ listmle is the likelihood of their order; on
@@ -101,6 +103,14 @@ class RerankLoss(nn.Module):
     def loss(self, logits_PL: Tensor, targets: GroupTargets, groups: "Groups") -> Tensor:
         """This rank's share of the loss alone."""
         z_PL = logits_PL / self.c.temperature
+        loss = self._of_kind(z_PL, targets, groups)
+        if not self.c.teacher_weight:
+            return loss
+        kl_G, _ = _kl(self.c, z_PL[:, 0], targets, groups)
+        kl = kl_G.sum() / max(1, targets.num_groups_global)
+        return (1 - self.c.teacher_weight) * loss + self.c.teacher_weight * kl
+
+    def _of_kind(self, z_PL: Tensor, targets: GroupTargets, groups: "Groups") -> Tensor:
         if self.c.kind in PAIRWISE_MEANS:
             share_P = PAIRWISE_MEANS[self.c.kind](self.c, z_PL, targets.label_P)
             return share_P.sum() / max(1, targets.num_pairs_global)

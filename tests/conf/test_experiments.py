@@ -1,6 +1,7 @@
 """Every file in conf/experiment/ composes, says what it is for, and holds deltas only."""
 
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,8 @@ def test_experiment_composes_and_its_values_arrive(name, tmp_path, monkeypatch):
         found = c
         for part in key.split("."):
             found = getattr(found, part)
+        if key == "data.curriculum":  # stages: what is not written is null
+            found = [{k: v for k, v in asdict(s).items() if v is not None} for s in found]
         assert found == value, key
 
 

@@ -359,6 +359,13 @@ def test_a_stage_that_cannot_be_is_named(tmp_path, stage, message):
         settings(tmp_path, curriculum=[StageConfig(steps=1), StageConfig(**stage)])
 
 
+def test_scores_that_the_loss_needs_must_be_there(tmp_path):
+    rows = [{"query": f"q{i}", "positive": f"p{i}", "negative": f"n{i}"} for i in range(20)]
+    c = settings(tmp_path, root=str(write(tmp_path / "rows.jsonl", rows)))
+    with pytest.raises(ValueError, match=r"loss\.teacher_weight.*stages=\[score\]"):
+        open_groups(c, spec(), letters(), with_scores=True)
+
+
 def test_pairs_are_cut_as_the_tokenizer_cuts_them(tmp_path):
     """Texts are kept without special tokens and joined later; prompts are part of the text."""
     rng = random.Random(0)

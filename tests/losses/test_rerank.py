@@ -1,5 +1,6 @@
 """Losses of groups of pairs: against loops from the equations, sentence-transformers, autograd."""
 
+import dataclasses
 import logging
 import math
 import sys
@@ -119,6 +120,22 @@ def test_loss_equals_its_definition(kind):
     # float64; scores are kept in float32, and 1e-12 is what the sums of a few exponentials lose
     rel = 1e-6 if kind in ("margin_mse", "kl") else 1e-12
     assert loss.item() == pytest.approx(by_loops(c, logits_PL), rel=rel)
+
+
+@pytest.mark.parametrize("kind", ["softmax", "bce", "lambdarank"])
+def test_a_teacher_beside_the_labels_takes_its_share(kind):
+    c, logits_PL = dataclasses.replace(config(kind), teacher_weight=0.3), logits_of()
+    loss, _ = RerankLoss(c)(logits_PL, targets_of())
+    of_labels, of_teacher = (by_loops(config(k), logits_PL) for k in (kind, "kl"))
+    assert loss.item() == pytest.approx(0.7 * of_labels + 0.3 * of_teacher, rel=1e-6)
+    without = targets_of(scores=None)  # a step whose groups all lack them
+    assert RerankLoss(c)(logits_PL, without)[0].item() == pytest.approx(0.7 * of_labels, rel=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["kl", "margin_mse", "cross_entropy"])
+def test_a_loss_without_grades_has_no_share_to_give(kind):
+    with pytest.raises(ValueError, match=rf"teacher_weight \(0\.3\) belongs .* loss\.kind={kind}"):
+        dataclasses.replace(config(kind), teacher_weight=0.3)
 
 
 @pytest.mark.parametrize("kind", RERANK_LOSSES)
