@@ -100,7 +100,8 @@ def check_scores(store: TrainStore) -> None:
         raise ValueError(
             "loss.kind=margin_mse and kl, and loss.teacher_weight of a reranker, learn a teacher's"
             " scores, but no row has positive_scores and negative_scores; python prepare.py"
-            " 'stages=[score]' score.model=<reranker or retriever> writes them"
+            " 'stages=[score]' score.model=<reranker or retriever>, or 'stages=[mine]'"
+            " mine.reranker=<reranker> where there are no negatives yet, writes them"
         )
 
 
