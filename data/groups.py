@@ -121,11 +121,13 @@ class GroupStore(TrainStore):
 
     @cached_property
     def distinct_passages(self) -> list[tuple[np.ndarray, np.ndarray]]:
-        """(contents ascending, the first passage with each) of every set's passages in use."""
+        """(contents ascending, the first passage with each) of every set's passages in use, those
+        that another set has too among them."""
         _, used = self.texts_used()
+        is_used = np.isin(self._passage_twin, used)
         found = []
         for low, high in pairwise(self._passage_base.tolist()):
-            passage_N = used[np.searchsorted(used, low) : np.searchsorted(used, high)]
+            passage_N = low + np.flatnonzero(is_used[low:high])
             content_N, first = np.unique(self._passage_content[passage_N], return_index=True)
             found.append((content_N, passage_N[first]))
         return found

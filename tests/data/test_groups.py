@@ -325,6 +325,19 @@ def test_a_small_set_has_fewer_passages_to_draw(tmp_path):
     assert batch.score_P is None  # no data set has a teacher's scores
 
 
+def test_sets_that_share_their_passages_draw_from_all_of_them(tmp_path):
+    """Natural negatives beside a set of the same corpus: no set owns a passage that both have."""
+    a = [{"query": f"q{i}", "positive": f"p{i}"} for i in range(6)]
+    b = [{"query": f"z{i}", "passage": f"p{i}", "label": 0} for i in range(6)]
+    sets = {
+        name: SourceConfig(root=str(write(tmp_path / f"{name}.jsonl", rows)))
+        for name, rows in (("a", a), ("b", b))
+    }
+    c = settings(tmp_path, sets=sets, random_negatives=50, dev_fraction=0, test_fraction=0)
+    batch = batches(open_groups(c, spec(), letters()), c, batch_size=12).batch_at(0)
+    assert [len(group) for group in read_back(batch)] == [6] * 12
+
+
 def test_a_curriculum_changes_the_first_steps_alone(tmp_path):
     """Stage by stage: which negatives, how many, how long; then as without one, to the last id."""
     root = str(folder(tmp_path / "data"))
