@@ -222,13 +222,11 @@ def train_step(
         if part.requires_grad and leaves[side].grad is not None:
             part.backward(leaves[side].grad[on(device, rows)])
 
-    while kept:
-        push(*kept.pop())
-    for number, side, rows in to_replay:
-        push(side, rows, encode(number, side, packed_rows(batch, side, rows, device)))
-    for weight in (table.weight for table in tables):
-        if weight.grad is not None and weight.grad.is_sparse:
-            weight.grad = weight.grad.to_dense()
+    with dense_sums(tables):
+        while kept:
+            push(*kept.pop())
+        for number, side, rows in to_replay:
+            push(side, rows, encode(number, side, packed_rows(batch, side, rows, device)))
 
     # all ranks: one sum of everything
     tokens = {"replayed_tokens": replayed_tokens, "tokens": batch.num_tokens}
@@ -260,6 +258,27 @@ def sparse_gradients(tables: list[nn.Embedding]) -> Iterator[None]:
     finally:
         for table in tables:
             table.sparse = False
+
+
+@contextmanager
+def dense_sums(tables: list[nn.Embedding]) -> Iterator[None]:
+    """What arrives at a table as a sparse tensor is added to a dense gradient: a sum of sparse
+    tensors would keep the rows of all of them, and copy all of them for each."""
+
+    def densify(weight: Tensor) -> None:
+        if weight.grad.is_sparse:
+            weight.grad = weight.grad.to_dense()
+
+    hooks = [
+        table.weight.register_post_accumulate_grad_hook(densify)
+        for table in tables
+        if table.weight.requires_grad
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def sum_over_ranks(
@@ -315,12 +334,14 @@ class GraphMeter:
 
     Counted are the bytes of distinct storages among saved tensors; parameters and buffers are there
     anyway. A chunk is expected to cost what the one before it did, by token; the first is tried.
-    Once a chunk does not fit, no later one is kept. So the choice is a function of the batch, the
+    Autocast's copies of weights are kept for all chunks and belong to no token. Once a chunk does
+    not fit, no later one is kept. So the choice is a function of the batch, the
     model and the budget, never of what else is in memory.
     """
 
     def __init__(self, module: nn.Module, budget_bytes: float):
         self.budget, self.bytes, self.bytes_per_token = budget_bytes, 0, 0.0
+        self.bytes_of_copies = 0
         self.has_room = budget_bytes > 0
         own = [*module.parameters(), *module.buffers()]
         self.seen = {x.untyped_storage().data_ptr() for x in own}
@@ -337,10 +358,10 @@ class GraphMeter:
             with torch.no_grad():
                 yield
             return
-        before = self.bytes
+        before = self.bytes - self.bytes_of_copies
         with saved_tensors_hooks(self._count, lambda saved: saved):
             yield
-        self.bytes_per_token = (self.bytes - before) / num_tokens
+        self.bytes_per_token = (self.bytes - self.bytes_of_copies - before) / num_tokens
         self.has_room = self.bytes <= self.budget
 
     def _count(self, saved: Tensor) -> Tensor:
@@ -348,4 +369,17 @@ class GraphMeter:
         if storage.data_ptr() not in self.seen:
             self.seen.add(storage.data_ptr())
             self.bytes += storage.nbytes()
+            if is_copy_of_weight(saved):
+                self.bytes_of_copies += storage.nbytes()
         return saved.detach()  # an output kept as it is would keep its own graph alive for ever
+
+
+def is_copy_of_weight(x: Tensor) -> bool:
+    """Whether x is one parameter in another type or shape: nothing else was used to make it."""
+    node = x.grad_fn
+    while node is not None:
+        if (parameter := getattr(node, "variable", None)) is not None:
+            return x.numel() == parameter.numel()
+        nodes = [n for n, _ in node.next_functions if n is not None]
+        node = nodes[0] if len(nodes) == 1 else None
+    return False

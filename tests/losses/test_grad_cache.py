@@ -125,6 +125,25 @@ def test_sparse_gradients_of_tables_become_the_dense_one(kind, budget_mib, tiny_
     assert not any(table.sparse for table in tables)
 
 
+def test_a_table_keeps_the_rows_of_one_chunk_at_most(tiny_base, monkeypatch):
+    """A sum of sparse gradients is a list of the rows of all chunks, several times a table's size in
+    a large batch: from the first chunk on the sum is dense."""
+    monkeypatch.setattr(grad_cache, "LARGE_TABLE", 1)
+    towers = build_model(ModelConfig(base=str(tiny_base), dropout=0.0), dims=[])
+    weights = [table.weight for table in grad_cache.large_tables(towers)]
+    seen, encode = [], towers.encode
+
+    def watch(*args):
+        seen.append([None if w.grad is None else w.grad.layout for w in weights])
+        return encode(*args)
+
+    monkeypatch.setattr(towers, "encode", watch)
+    take_step(towers, InfoNCE(LossConfig()), random_batch(), activation_budget_mib=0)
+    replayed = seen[len(seen) // 2 :]
+    assert replayed[0] == [None] * len(weights) and len(replayed) > 2
+    assert all(layouts == [torch.strided] * len(weights) for layouts in replayed[1:])
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("kind", ["single", "dual", "automodel"])
 def test_dropout_is_replayed_exactly(kind, checkpointing, tiny_base):
@@ -219,6 +238,23 @@ def test_a_chunk_that_costs_more_than_expected_is_not_kept():
     with meter.graph_if_room(1, wanted=True):
         torch.ones(1000, requires_grad=True).exp()
     assert not meter.has_room
+
+
+def test_copies_of_weights_are_no_cost_of_a_token(tiny_base):
+    """Autocast's copies are in the first chunk's graph and in all others': spread over its few
+    tokens they would leave no room for a large chunk that does fit."""
+    towers = build_model(ModelConfig(base=str(tiny_base), dropout=0.0), dims=[])
+    texts = random_batch().passage_tokens[:1]
+    meter, autocast = GraphMeter(towers, 2**30), autocast_for("bf16", CPU)
+    parts, costs, in_all = [], [], 0
+    with autocast():
+        for _ in range(3):
+            with meter.graph_if_room(len(texts[0]), wanted=True):
+                parts.append(towers.encode("passage", pack(texts)))
+            costs.append(meter.bytes - in_all)
+            in_all = meter.bytes
+    assert costs[0] > costs[1] == costs[2]
+    assert meter.bytes_of_copies == costs[0] - costs[1]
 
 
 @pytest.mark.parametrize("budget_mib", [0, math.inf])
