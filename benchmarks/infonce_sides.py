@@ -140,10 +140,10 @@ def rook(q_BD: Tensor, p_ND: Tensor, dims: Sequence[int], kind: str) -> Gradient
         relatives_BK=row_B[:, None],
         num_examples=B,
     )
+    own = {"kind": "sigmoid", "sigmoid_bias": SIGMOID_BIAS} if kind == "sigmoid" else {}
     config = LossConfig(
-        kind="sigmoid" if kind == "sigmoid" else "infonce",
+        **own,
         temperature=temperature_of(kind),
-        sigmoid_bias=SIGMOID_BIAS,
         symmetric=0.5 if kind == "two-sided" else 0.0,
         dims=list(dims),
         backend="triton" if q_BD.is_cuda else "auto",

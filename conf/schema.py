@@ -202,8 +202,14 @@ class LossConfig:
         self._check_dims()
         if self.kind == "sigmoid":
             self._check_sigmoid()
+        else:
+            self._refuse(("sigmoid_bias",), "loss.kind=sigmoid")
         if self.kind in RERANK_LOSSES:
             self._check_rerank()
+        if self.kind != "bce":
+            self._refuse(("positive_weight",), "loss.kind=bce")
+        if self.kind not in SCORE_LOSSES and not self.teacher_weight:
+            self._refuse(("teacher_temperature",), "a loss with a teacher (loss.teacher_weight)")
 
     def _check_negatives(self) -> None:
         known = ("query_passage", "query_query", "passage_passage", "passage_query")
@@ -297,10 +303,11 @@ class LossConfig:
 
     def _refuse(self, keys: tuple[str, ...], owner: str) -> None:
         """Raise ValueError where one of `keys` is set, though it belongs to `owner`."""
-        default = LossConfig()
-        for key in keys:
+        for one in fields(self):
+            key, is_made = one.name, callable(one.default_factory)
+            default = one.default_factory() if is_made else one.default
             _require(
-                getattr(self, key) == getattr(default, key),
+                key not in keys or getattr(self, key) == default,
                 f"loss.{key} ({getattr(self, key)}) belongs to {owner}",
             )
 

@@ -112,6 +112,17 @@ class InfoNCE(nn.Module):
             return self.log_temperature.clamp(*self.bounds).exp()
         return self.log_temperature.exp()
 
+    @torch.no_grad()
+    def keep_bounds(self) -> None:
+        """Bring a learned temperature back that an optimiser's step took past a bound: out there
+        `clamp` has no gradient, so that it would never return by itself."""
+        if isinstance(self.log_temperature, nn.Parameter):
+            self.log_temperature.clamp_(*self.bounds)
+
+    def rounded(self, x_nD: Tensor) -> Tensor:
+        """Embeddings in the type in which they meet."""
+        return x_nD if self.operands is None else x_nD.to(self.operands)
+
     def forward(
         self, q_BD: Tensor, p_ND: Tensor, targets: Targets, ranks: Ranks = SINGLE
     ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -123,8 +134,7 @@ class InfoNCE(nn.Module):
         """
         dims, weight_M = dims_of_step(self.c, q_BD.shape[1], self.seed, targets.step)
         scale = 1 / self.temperature
-        if self.operands is not None:  # positives and negatives alike
-            q_BD, p_ND = q_BD.to(self.operands), p_ND.to(self.operands)
+        q_BD, p_ND = self.rounded(q_BD), self.rounded(p_ND)  # positives and negatives alike
         negatives = _Negatives(self.c, q_BD, p_ND, targets, ranks, dims, scale)
         pair_MP = negatives.loss_of_pairs()
         loss_M = (pair_MP * targets.pair_weight_P).sum(1) / targets.num_examples
@@ -359,7 +369,9 @@ def _divergence(
     """This rank's share of the mean KL(teacher || model) over all candidates, (M,)."""
     own = slice(t.query_offset, t.query_offset + len(q_BD))
     teacher = Teacher(t.guide_query_AE[own], t.guide_passage_NE, c.teacher_temperature)
-    sums = similarity_sums(q_BD, p_ND, scale, dims=dims, teacher=teacher, want=("row", "soft"))
+    sums = similarity_sums(
+        q_BD, p_ND, scale, dims=dims, teacher=teacher, want=("row", "soft"), backend=c.backend
+    )
     kl_MB = sums.row_MB - sums.soft_MB - sums.entropy_B
     weight_B = kl_MB.new_zeros(len(q_BD)).index_add(
         0, t.pair_query_P, t.pair_weight_P.to(kl_MB.dtype)

@@ -31,13 +31,14 @@ class Sigmoid(InfoNCE):
         """This rank's share of the loss, and of InfoNCE's numbers and the bias."""
         dims, weight_M = dims_of_step(self.c, q_BD.shape[1], self.seed, targets.step)
         scale = 1 / self.temperature
+        q_BD, p_ND = self.rounded(q_BD), self.rounded(p_ND)
         pairs = targets.pair_query_P, targets.pair_passage_P
         z_MP = positive_scores(q_BD, p_ND, scale, *pairs, dims=dims)
         pair_MP = F.softplus(-z_MP - self.bias, threshold=40)  # 20, the default: 2e-9 off
         positive_M = (pair_MP * targets.pair_weight_P).sum(1)
         sums = similarity_sums(
             q_BD, p_ND, scale, dims=dims, relatives_BK=targets.relatives_BK, want=("softplus",),
-            bias=self.bias,
+            bias=self.bias, backend=self.c.backend,
         )  # fmt: skip
         loss_M = (positive_M + sums.softplus_MB.sum(1)) / targets.num_examples
         numbers = mean_scores(q_BD, p_ND, targets, max([*self.c.dims, *dims]), scale)

@@ -72,14 +72,18 @@ def _layer_number(name: str) -> int:
 
 
 def build_optimizer(model: nn.Module, loss_fn: nn.Module, c: OptimConfig) -> torch.optim.AdamW:
-    """AdamW (Loshchilov and Hutter 2019) over everything that is not frozen.
+    """AdamW (Loshchilov and Hutter 2019) over everything that is not frozen; a loss with bounds
+    keeps them after every step.
 
     Raises ValueError when nothing is left to train.
     """
     groups = decay_groups(model, loss_fn, c)
     if not groups:
         raise ValueError("every parameter is frozen; remove something from model.freeze")
-    return torch.optim.AdamW(groups, lr=c.lr, betas=(c.beta1, c.beta2), eps=c.eps, fused=True)
+    optimizer = torch.optim.AdamW(groups, lr=c.lr, betas=(c.beta1, c.beta2), eps=c.eps, fused=True)
+    if hasattr(loss_fn, "keep_bounds"):
+        optimizer.register_step_post_hook(lambda *_: loss_fn.keep_bounds())
+    return optimizer
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

@@ -55,7 +55,8 @@ def model_of(base: str, **settings) -> torch.nn.Module:
 
 
 def loss_of(kind: str) -> RerankLoss:
-    return RerankLoss(LossConfig(kind=kind, temperature=0.7, positive_weight=2.0)).double()
+    own = {"positive_weight": 2.0} if kind == "bce" else {}
+    return RerankLoss(LossConfig(kind=kind, temperature=0.7, **own)).double()
 
 
 def take_step(model, loss_fn, batch: GroupBatch, **changes) -> tuple[float, dict, dict]:

@@ -38,7 +38,8 @@ def logits_of(labels=LABELS, width: int = 1, seed: int = 0) -> torch.Tensor:
 
 
 def config(kind: str) -> LossConfig:
-    return LossConfig(kind=kind, temperature=0.7, positive_weight=2.5, teacher_temperature=0.3)
+    own = {"bce": {"positive_weight": 2.5}, "kl": {"teacher_temperature": 0.3}}
+    return LossConfig(kind=kind, temperature=0.7, **own.get(kind, {}))
 
 
 def discount(rank: int) -> float:
@@ -124,7 +125,8 @@ def test_loss_equals_its_definition(kind):
 
 @pytest.mark.parametrize("kind", ["softmax", "bce", "lambdarank"])
 def test_a_teacher_beside_the_labels_takes_its_share(kind):
-    c, logits_PL = dataclasses.replace(config(kind), teacher_weight=0.3), logits_of()
+    teacher = {"teacher_weight": 0.3, "teacher_temperature": config("kl").teacher_temperature}
+    c, logits_PL = dataclasses.replace(config(kind), **teacher), logits_of()
     loss, _ = RerankLoss(c)(logits_PL, targets_of())
     of_labels, of_teacher = (by_loops(config(k), logits_PL) for k in (kind, "kl"))
     assert loss.item() == pytest.approx(0.7 * of_labels + 0.3 * of_teacher, rel=1e-6)

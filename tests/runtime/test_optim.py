@@ -6,6 +6,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
 
 from conf.schema import LossConfig, ModelConfig, OptimConfig
+from losses.build import build_loss
 from losses.infonce import InfoNCE
 from models.build import build_model
 from runtime.optim import build_optimizer, decay_groups, lr_at, num_warmup_steps, set_lr
@@ -79,6 +80,32 @@ def test_temperature_has_a_rate_of_its_own_and_follows_the_schedule(tiny_base):
     set_lr(optimizer, 0.5e-4)
     assert optimizer.param_groups[-1]["lr"] == pytest.approx(0.5e-2)
     assert optimizer.param_groups[0]["lr"] == pytest.approx(0.5e-4)
+
+
+@pytest.mark.parametrize("kind", ["infonce", "sigmoid"])
+@pytest.mark.parametrize("bound", [0.05, 0.2])
+def test_a_temperature_at_its_bound_can_come_back(kind, bound, tiny_base):
+    """Steps that push outwards end at the bound; the first ones that pull inwards move it. Past a
+    bound there would be no gradient, and no way back."""
+    c = LossConfig(kind=kind, learn_temperature=True, temperature_min=0.05, temperature_max=0.2,
+                   temperature=bound)  # fmt: skip
+    loss_fn = build_loss(c)
+    model = build_model(ModelConfig(base=str(tiny_base)), dims=[])
+    c = OptimConfig(temperature_lr=0.1)
+    optimizer = build_optimizer(model, loss_fn, c)
+    set_lr(optimizer, c.lr)
+
+    def push(direction: float) -> float:
+        optimizer.zero_grad()
+        (-direction * loss_fn.temperature).backward()  # against the gradient: towards direction
+        assert loss_fn.log_temperature.grad != 0
+        optimizer.step()
+        return loss_fn.temperature.item()
+
+    out = 1.0 if bound == 0.2 else -1.0
+    assert [push(out) for _ in range(3)] == [pytest.approx(bound)] * 3
+    moved = [push(-out) for _ in range(12)][-1]
+    assert 0.05 <= moved <= 0.2 and (moved - bound) * out < -0.01
 
 
 def test_nothing_left_to_train_is_refused(tiny_base):
