@@ -36,6 +36,7 @@ from runtime.distributed import SINGLE, Ranks
 CPU = torch.device("cpu")
 EXACT = 1e-9  # float64, the same sums in another order
 BFLOAT16 = 5e-3  # the embeddings' gradients are bfloat16 as well: up to 2^-9 of each entry
+LOSSES = (20.0, 8.0, 3.0, 1.0, 0.1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8)
 CHUNK_TOKENS = 45  # several chunks a side
 # How a batch is cut over so many ranks: shares of its queries and of its passages at each cut. A
 # rank may have no query, no passage, or neither.
@@ -467,16 +468,13 @@ def compare_precision(s: Subject) -> Iterator[Row]:
     if s.loss.learns_scores:  # a loss of differences, that has no small values to lose
         return
     targets = one_answer_each()
+    # small debiased losses are a difference of sums that are nearly equal
+    sizes = [x for x in LOSSES if x >= 1e-2 or not s.loss.debias]
     worst_bf16, all_losses = 0.0, []
     for temperature in (1.0, 0.1, 0.03, 0.01):
         c = plain(s.loss, temperature)
         worst, losses = 0.0, []
-        for angle in torch.linspace(0, 2.2, 12).tolist():
-            q_AD, p_ND = leaning(angle)
-            with torch.no_grad():
-                loss = dense_loss(c)(q_AD, p_ND, targets)[0].item()
-            if not 5e-9 < loss < 21:
-                continue
+        for q_AD, p_ND, loss in leaning_at(sizes, dense_loss(c), targets):
             losses.append(loss)
             worst = larger(worst, rounding(c, q_AD.float(), p_ND.float(), targets))
             error = rounding(c, q_AD.bfloat16(), p_ND.bfloat16(), targets)
@@ -486,6 +484,30 @@ def compare_precision(s: Subject) -> Iterator[Row]:
         yield Row(name, f"{_span(losses)}; float64 on the same inputs", worst, bound)
     what = f"{_span(all_losses)}, temperatures .01 to 1"
     yield Row("bfloat16 inputs", what, worst_bf16, BFLOAT16)
+
+
+@torch.no_grad()
+def leaning_at(
+    losses: Sequence[float], loss_fn: nn.Module, targets: Targets
+) -> list[tuple[Tensor, Tensor, float]]:
+    """(q_AD, p_ND, loss) near each of `losses` that some angle of leaning() has, and at the smallest
+    and largest that there are: at a temperature of 1 no loss is far from log N, at .01 an angle of
+    a hundredth is a nat."""
+
+    def loss_at(angle: float) -> float:
+        return loss_fn(*leaning(angle), targets)[0].item()
+
+    # where a limit leaves the other passage out the loss falls again
+    top = max(torch.linspace(0, 2.2, 23).tolist(), key=loss_at)
+    least, most, angles = loss_at(0.0), loss_at(top), {0.0, top}
+    for wanted in losses:
+        low, high = 0.0, top
+        for _ in range(16 if least <= wanted <= most else 0):
+            middle = (low + high) / 2
+            low, high = (middle, high) if loss_at(middle) < wanted else (low, middle)
+        angles.add(high)
+    found = [(*leaning(angle), loss_at(angle)) for angle in sorted(angles)]
+    return [one for one in found if min(losses) / 2 < one[2] < max(losses) + 1]
 
 
 def compare_extremes(s: Subject) -> Iterator[Row]:
