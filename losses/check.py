@@ -69,6 +69,18 @@ def check(c: TrainConfig, *, sizes: Sequence[int] = (2, 3)) -> tuple[str, list[R
     return f"{model}, {spec.kind} tower, {spec.pooling} pooling; {c.loss.kind}", rows
 
 
+def not_checked(c: TrainConfig) -> list[str]:
+    """What of the experiment these comparisons do not run, and what does."""
+    left = []
+    if c.loss.backend == "triton":
+        left.append("loss.backend=triton: kernels have no float64 (`make gpu` compares them)")
+    if c.runtime.compile:
+        left.append("runtime.compile: models run as they are (tests/models/test_compile.py)")
+    if c.runtime.device not in ("auto", "cpu"):
+        left.append(f"runtime.device={c.runtime.device}: all of this ran on a CPU")
+    return left
+
+
 def table(rows: Sequence[Row]) -> str:
     wide = max(len(row.name) for row in rows)
     lines = [f"{'':4} {'comparison':{wide}}  {'largest':>9}  {'bound':>7}  what is compared"]
@@ -78,7 +90,9 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def as_json(experiment: str, model: str, rows: Sequence[Row]) -> dict:
+def as_json(
+    experiment: str, model: str, rows: Sequence[Row], not_checked: Sequence[str] = ()
+) -> dict:
     """The table for other programs; a difference that is no finite number is null."""
     comparisons = []
     for r in rows:
@@ -92,6 +106,7 @@ def as_json(experiment: str, model: str, rows: Sequence[Row]) -> dict:
         "ok": all(r.ok for r in rows),
         "versions": {name: version(name) for name in ("torch", "numpy")},
         "comparisons": comparisons,
+        "not_checked": list(not_checked),
     }
 
 
@@ -149,9 +164,11 @@ def main() -> None:
         args, json_file = _split_json(args)
         c, experiment = compose(args)
         model, rows = check(c)
-        sys.stdout.write(f"{experiment}: {model}\n\n{table(rows)}")
+        left = not_checked(c)
+        notes = "".join(f"not checked: {note}\n" for note in left)
+        sys.stdout.write(f"{experiment}: {model}\n\n{table(rows)}{notes}")
         if json_file is not None:
-            write_json_atomic(json_file, as_json(experiment, model, rows))
+            write_json_atomic(json_file, as_json(experiment, model, rows, left))
     except (ValueError, OSError) as error:
         if os.environ.get("ROOK_TRACEBACK", "0") not in ("0", ""):
             raise

@@ -3,13 +3,14 @@
 Shapes: A queries and N candidate passages of all ranks, D embedding.
 """
 
+import copy
 import dataclasses
 import functools
 import logging
 import math
 import multiprocessing
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -31,11 +32,13 @@ from losses.specification import KINDS, specification
 from losses.tiny import Sample, sample, share_of
 from models.towers import Towers
 from models.transformer import pack
+from runtime.device import autocast_for
 from runtime.distributed import SINGLE, Ranks
 
 CPU = torch.device("cpu")
 EXACT = 1e-9  # float64, the same sums in another order
 BFLOAT16 = 5e-3  # the embeddings' gradients are bfloat16 as well: up to 2^-9 of each entry
+AUTOCAST = 1e-5  # the same roundings to bfloat16; float32 sums of chunks in another order
 LOSSES = (20.0, 8.0, 3.0, 1.0, 0.1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8)
 CHUNK_TOKENS = 45  # several chunks a side
 # How a batch is cut over so many ranks: shares of its queries and of its passages at each cut. A
@@ -216,6 +219,7 @@ def cached(
     budget_mib: float = math.inf,
     ranks: Ranks = SINGLE,
     loss_fn: nn.Module | None = None,
+    autocast: Callable[[], AbstractContextManager] = nullcontext,
 ) -> tuple[Values, float]:
     """train_step as the training loop calls it, and the share of tokens that it replayed.
 
@@ -225,7 +229,7 @@ def cached(
     forget(towers, loss_fn)
     loss, numbers = train_step(
         towers, loss_fn, batch or s.batch, seed=subject.c.seed, step=step, device=CPU,
-        chunk_tokens=chunk_tokens, autocast=nullcontext, activation_budget_mib=budget_mib,
+        chunk_tokens=chunk_tokens, autocast=autocast, activation_budget_mib=budget_mib,
         ranks=ranks, guide=s.guide,
     )  # fmt: skip
     return Values(loss, gradients_of(towers, loss_fn)), float(numbers["replayed_share"])
@@ -305,6 +309,24 @@ def compare_budgets(s: Subject) -> Iterator[Row]:
         worst = larger(worst, difference(found, expected))
     shares = ", ".join(f"{share:.2f}" for share in sorted({*s.budgets_mib.values()}))
     yield Row("any activation budget", f"share replayed: {shares}", worst, EXACT)
+
+
+def compare_autocast(s: Subject) -> Iterator[Row]:
+    """Autocast keeps its copies of the weights: one made without a graph cuts its weight off."""
+    towers = copy.deepcopy(s.noisy).float()
+    loss_fn = build_loss(s.loss, s.c.seed)
+    found = [
+        cached(
+            s, s.sample, towers, budget_mib=budget, loss_fn=loss_fn,
+            autocast=autocast_for("bf16", CPU),
+        )[0]
+        for budget in s.budgets_mib
+    ]  # fmt: skip
+    worst = 0.0
+    for one in found[1:]:
+        worst = larger(worst, difference(one, found[0]))
+    yield Row("any budget under autocast", "bfloat16, what is replayed against what is kept",
+              worst, AUTOCAST)  # fmt: skip
 
 
 def compare_reported(s: Subject) -> Iterator[Row]:
@@ -580,6 +602,7 @@ COMPARISONS: tuple[Callable[[Subject], Iterable[Row]], ...] = (
     compare_cached,
     compare_chunks,
     compare_budgets,
+    compare_autocast,
     compare_reported,
     compare_temperature,
     compare_mean,

@@ -71,8 +71,12 @@ def test_exit_code_and_file_say_what_is_out_of_bounds(monkeypatch, tmp_path, cap
     assert "FAIL broken" in out and "ok   fine" in out and "out of bounds: broken" in err
     content = json.loads(file.read_text())
     assert not content["ok"] and content["comparisons"][1]["difference"] is None
+    assert content["not_checked"] == [] and "not checked" not in out
     monkeypatch.setattr(check, "check", lambda c: ("a model", rows[:1]))
-    assert run(monkeypatch, "+experiment=toy") == 0
+    words = "loss.backend=triton", "runtime.compile=true", f"--json={file}"
+    assert run(monkeypatch, "+experiment=toy", *words) == 0
+    assert "not checked: loss.backend=triton: kernels have no float64" in capsys.readouterr().out
+    assert len(json.loads(file.read_text())["not_checked"]) == 2
 
 
 @pytest.mark.parametrize(
@@ -206,6 +210,23 @@ def test_fault_3_chunks_by_query_count_lose_the_hard_negatives(subject, monkeypa
 
     with_step(monkeypatch, change)
     assert {"any chunking", "any chunking, small batch"} <= failed(subject)
+
+
+def test_a_weight_that_a_replay_under_autocast_leaves_out(subject, monkeypatch):
+    """What a copy of a weight does that was made without a graph, in versions of torch that keep
+    such copies: with a budget that keeps every graph there is none."""
+    step = comparisons.train_step
+
+    def changed(towers, *args, **options):
+        result = step(towers, *args, **options)
+        if options["autocast"] is not nullcontext and result[1]["replayed_share"] == 1:
+            next(p for p in towers.parameters() if p.grad is not None and p.ndim == 2).grad = None
+        return result
+
+    monkeypatch.setattr(comparisons, "train_step", changed)
+    (row,) = comparisons.compare_autocast(subject)
+    assert row.difference == pytest.approx(1)
+    assert failed(subject) == set(), "nothing else runs under autocast"
 
 
 def test_fault_7_fixed_maximum_is_not_finite(subject, monkeypatch):

@@ -47,9 +47,10 @@ ON_MODELS = (
     comparisons.compare_cached,
     comparisons.compare_chunks,
     comparisons.compare_budgets,
+    comparisons.compare_autocast,
     comparisons.compare_reported,
 )
-ON_LOSSES = tuple(f for f in comparisons.COMPARISONS if f not in ON_MODELS[:3])
+ON_LOSSES = tuple(f for f in comparisons.COMPARISONS if f not in ON_MODELS[:4])
 
 
 def failures(folder, chosen, *args: str) -> tuple[Subject, dict[str, float]]:

@@ -11,8 +11,8 @@ import torch.distributed as dist
 
 from conf.schema import LossConfig, ModelConfig
 from data.batches import Batch
+from losses.build import build_loss
 from losses.grad_cache import train_step
-from losses.infonce import InfoNCE
 from models.build import build_model
 from runtime.device import autocast_for
 from runtime.distributed import SINGLE, Ranks
@@ -31,9 +31,28 @@ LOSSES = {
         temperature=0.1, symmetric=0.25, learn_temperature=True, dims=[16, 4],
         negatives=["query_passage", "query_query", "passage_passage"], false_negative_margin=0.05,
     ),
+    "gte guided": LossConfig(
+        temperature=0.1, symmetric=0.5, guide="random", false_negative_margin=0.1,
+        false_negative_ratio=0.9,
+        negatives=["query_passage", "query_query", "passage_passage", "passage_query"],
+    ),
+    "ratio": LossConfig(temperature=0.1, symmetric=0.3, false_negative_ratio=0.9),
+    "smoothing": LossConfig(temperature=0.1, symmetric=0.4, label_smoothing=0.1),
+    "debias": LossConfig(temperature=0.2, symmetric=0.4, debias=0.05, hardness=2.0),
+    "teacher": LossConfig(temperature=0.1, teacher="random", teacher_weight=0.7),
+    "sigmoid": LossConfig(kind="sigmoid", temperature=0.1, learn_temperature=True, dims=[16, 4]),
 }  # fmt: skip
 HALF_FROZEN = {"towers": "dual", "freeze": ["passage_tower"]}
-CASES = [("plain", {}), ("plain", HALF_FROZEN), ("all", {})]  # loss, model settings
+CASES = [("plain", HALF_FROZEN), *((loss, {}) for loss in LOSSES)]  # loss, model settings
+
+
+class RandomGuide:
+    """Of all ranks' texts, as the real one."""
+
+    def lookup(self, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
+        x = np.random.default_rng(3).standard_normal((14, 6)).astype(np.float32)
+        x /= np.linalg.norm(x, axis=1, keepdims=True)
+        return x[:5], x[5:]
 
 
 def whole_batch() -> Batch:
@@ -67,11 +86,12 @@ def outcome(ranks: Ranks, base: str, batch: Batch, loss: str, model: dict, **opt
     """(loss, numbers, gradients, number of all-reduces) of one step in float64."""
     towers = build_model(ModelConfig(**{"base": base, "dropout": 0.0} | model)).double()
     towers.unused = torch.nn.Parameter(torch.ones(3).double())  # as the pooler of some models
-    loss_fn = InfoNCE(LOSSES[loss]).double()
+    loss_fn = build_loss(LOSSES[loss]).double()
+    guide = RandomGuide() if LOSSES[loss].guide or LOSSES[loss].teacher else None
     with mock.patch.object(dist, "all_reduce", wraps=dist.all_reduce) as all_reduce:
         value, numbers = train_step(
             towers, loss_fn, batch, seed=0, step=0, chunk_tokens=17, device=CPU,
-            autocast=autocast_for("fp32", CPU), ranks=ranks, **options,
+            autocast=autocast_for("fp32", CPU), ranks=ranks, guide=guide, **options,
         )  # fmt: skip
     numbers = {name: float(x) for name, x in numbers.items()}
     return value.item(), numbers, gradients(towers, loss_fn), all_reduce.call_count
