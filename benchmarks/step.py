@@ -206,7 +206,7 @@ class Ours:
         self.towers = build_model(model, dims=[]).to(self.device)
         self.loss_fn = build_loss(LossConfig(temperature=0.05)).to(self.device)
         self.autocast = autocast_for(args.precision[0], self.device)
-        setting = args.budget_mib[0] if args.budget_mib else None
+        setting = args.budget_mib[0] if args.budget_mib else "auto"
         self.budget_mib = activation_budget_mib(setting, self.device)
         rows = Path(cache) / "pairs.jsonl"
         lines = [json.dumps({"query": q, "positive": p}) for q, p in pairs(args)]
@@ -254,22 +254,31 @@ def direct_step(towers, loss_fn, batch, *, seed, step, chunk_tokens, device, aut
     import numpy as np
     import torch
 
-    from losses.grad_cache import pieces, seed_chunk, targets_on
+    from losses.grad_cache import (
+        dense_sums,
+        large_tables,
+        pieces,
+        seed_chunk,
+        sparse_gradients,
+        targets_on,
+    )
 
+    tables = large_tables(towers)  # as there: only the phases differ
     parts: dict[str, list] = {"query": [], "passage": []}
     rows: dict[str, list] = {"query": [], "passage": []}
     with autocast():
         for number, (side, some_rows, packed) in enumerate(pieces(batch, chunk_tokens, device)):
             seed_chunk(seed, step, 0, number)
-            encode = towers.encode_query if side == "query" else towers.encode_passage
-            parts[side].append(encode(packed))
+            with sparse_gradients(tables):
+                parts[side].append(towers.encode(side, packed))
             rows[side].append(some_rows)
     whole = {}
     for side in parts:
         order = torch.from_numpy(np.argsort(np.concatenate(rows[side]), kind="stable")).to(device)
         whole[side] = torch.cat(parts[side])[order]
     loss, _ = loss_fn(whole["query"], whole["passage"], targets_on(batch, device, step=step))
-    loss.backward()
+    with dense_sums(tables):
+        loss.backward()
     return loss.detach()
 
 

@@ -16,7 +16,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from types import NoneType, UnionType
+from types import NoneType
 from typing import Any, get_args, get_origin, get_type_hints
 
 import hydra
@@ -417,7 +417,7 @@ def prepare_overrides(
                 prefix = prefix or "++"
                 if re.fullmatch(r"data\.sets\.[^.]+\..+", key):
                     new_sets[key.split(".")[2]] = None
-            if kind is str or (get_origin(kind) is UnionType and str in get_args(kind)):
+            if kind is str or set(get_args(kind)) == {str, NoneType}:
                 value = quote_value(
                     value,
                     is_optional=NoneType in get_args(kind),

@@ -493,8 +493,8 @@ class RuntimeConfig:
     precision: str = "auto"
     chunk_tokens: int = 4096  # tokens encoded at once; a CPU likes chunks that fit its cache
     # MiB of autograd graphs kept between a step's two passes; what does not fit is encoded twice.
-    # null: a fixed share of the device's total memory (runtime/memory.py)
-    activation_budget_mib: float | None = None
+    # auto: a fixed share of the device's total memory (runtime/memory.py)
+    activation_budget_mib: int | float | str | None = "auto"
     activation_checkpointing: bool = False
     compile: bool = False
     threads: int = 0  # CPU threads; 0: as torch chooses
@@ -504,10 +504,11 @@ class RuntimeConfig:
         _one_of("runtime.precision", self.precision, ("auto", "fp32", "bf16"))
         _require(self.chunk_tokens > 0, f"runtime.chunk_tokens ({self.chunk_tokens}) must be > 0")
         budget = self.activation_budget_mib
+        is_number = isinstance(budget, (int, float)) and not isinstance(budget, bool)
         _require(
-            budget is None or 0 <= budget < math.inf,
-            f"runtime.activation_budget_mib ({budget}) must be >= 0 and finite; null: a share of"
-            f" the device's memory",
+            0 <= budget < math.inf if is_number else budget in ("auto", None),
+            f"runtime.activation_budget_mib ({budget}) must be MiB, >= 0 and finite, or auto: a"
+            " share of the device's memory",
         )
         _require(self.threads >= 0, f"runtime.threads ({self.threads}) must be >= 0")
 

@@ -96,7 +96,7 @@ def train_judge(
     lessons = Lessons(rows, reranker, v.num_negatives, v.batch_size, seed=c.seed, fold=fold)
     total = ceil(v.epochs * len(lessons.pairs) / v.batch_size)
     trained = [p for p in reranker.parameters() if p.requires_grad]
-    budget_mib = activation_budget_mib(None, device)
+    budget_mib = activation_budget_mib("auto", device)
     bar = tqdm(range(total), desc=f"fold {fold + 1}: training", unit="step", leave=False)
     for step in bar:
         set_lr(optimizer, lr_at(step, total, optim))

@@ -512,8 +512,8 @@ def compare_precision(s: Subject) -> Iterator[Row]:
 def leaning_at(
     losses: Sequence[float], loss_fn: nn.Module, targets: Targets
 ) -> list[tuple[Tensor, Tensor, float]]:
-    """(q_AD, p_ND, loss) near each of `losses` that some angle of leaning() has, and at the smallest
-    and largest that there are: at a temperature of 1 no loss is far from log N, at .01 an angle of
+    """(q_AD, p_ND, loss) near each of `losses` that some angle of leaning() has, and at the least
+    and greatest that there are: at a temperature of 1 no loss is far from log N, at .01 an angle of
     a hundredth is a nat."""
 
     def loss_at(angle: float) -> float:

@@ -10,19 +10,19 @@ import torch
 
 log = logging.getLogger(__name__)
 
-# Share of the device that kept autograd graphs may take under activation_budget_mib=null. The rest
+# Share of the device that kept autograd graphs may take under activation_budget_mib=auto. The rest
 # is for weights, gradients, optimiser state and the chunk at work; a CPU's memory also holds the
 # data, the evaluation and other programs.
 GRAPH_SHARE = {"cpu": 0.25, "cuda": 0.5, "mps": 0.25}
 
 
-def activation_budget_mib(setting: float | None, device: torch.device) -> float:
+def activation_budget_mib(setting: float | str | None, device: torch.device) -> float:
     """MiB of autograd graphs that a training step may keep on this process's device.
 
-    setting  runtime.activation_budget_mib; None: a fixed share of the device's total memory, on a
-             CPU divided among the processes of this machine
+    setting  runtime.activation_budget_mib; "auto" or None: a fixed share of the device's total
+             memory, on a CPU divided among the processes of this machine
     """
-    if setting is not None:
+    if setting not in ("auto", None):
         log.info("activation budget: %g MiB", setting)
         return setting
     total_mib, share = total_memory_mib(device), GRAPH_SHARE[device.type]

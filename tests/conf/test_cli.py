@@ -116,6 +116,16 @@ def test_experiment_file_without_package_line_is_an_error(run, tmp_path):
     assert code == 0 and calls[0][0].optim.lr == 1
 
 
+@pytest.mark.parametrize("value, found", [("auto", "auto"), ("12", 12), ("0.5", 0.5)])
+def test_a_setting_that_is_a_number_or_a_word(run, value, found):
+    """A number in quotes would be a word."""
+    code, calls, _, err = run(f"runtime.activation_budget_mib={value}", "data=toy")
+    assert code == 0, err
+    assert calls[0][0].runtime.activation_budget_mib == found
+    code, calls, _, err = run("runtime.activation_budget_mib=some", "data=toy")
+    assert code == 2 and "runtime.activation_budget_mib (some) must be MiB" in err
+
+
 AWKWARD = [
     "\u0628\u064a\u0627\u0646\u0627\u062a \u0627\u0644\u062a\u062f\u0631\u064a\u0628",
     "a=b", "a,b", "~x", "#1", "(1)", "1e3", "null_", "a b", "it's", 'q"q',

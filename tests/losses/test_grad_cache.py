@@ -126,8 +126,8 @@ def test_sparse_gradients_of_tables_become_the_dense_one(kind, budget_mib, tiny_
 
 
 def test_a_table_keeps_the_rows_of_one_chunk_at_most(tiny_base, monkeypatch):
-    """A sum of sparse gradients is a list of the rows of all chunks, several times a table's size in
-    a large batch: from the first chunk on the sum is dense."""
+    """A sum of sparse gradients lists the rows of all chunks, several times a table's size in a
+    large batch: from the first chunk on the sum is dense."""
     monkeypatch.setattr(grad_cache, "LARGE_TABLE", 1)
     towers = build_model(ModelConfig(base=str(tiny_base), dropout=0.0), dims=[])
     weights = [table.weight for table in grad_cache.large_tables(towers)]

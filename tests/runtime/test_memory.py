@@ -52,7 +52,7 @@ def test_the_budget_is_the_setting_or_a_fixed_share(monkeypatch):
     assert 0 < total_memory_mib(CPU) <= physical_mib
     monkeypatch.setattr(memory, "total_memory_mib", lambda device: 10_000.0)
     assert activation_budget_mib(0.0, CPU) == 0 and activation_budget_mib(12.5, CPU) == 12.5
-    assert activation_budget_mib(None, CPU) == 2500
+    assert activation_budget_mib("auto", CPU) == 2500
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert activation_budget_mib(None, CPU) == 625
     assert activation_budget_mib(None, torch.device("cuda", 0)) == 5000  # a card each
