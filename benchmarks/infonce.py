@@ -25,7 +25,17 @@ import torch
 from torch import Tensor
 
 from benchmarks.infonce_cells import CELL_LIMIT_S, Cell, run_cells
-from benchmarks.infonce_sides import DTYPES, KINDS, OURS, PATHS, PEERS, SIDES, Case
+from benchmarks.infonce_sides import (
+    DTYPES,
+    KINDS,
+    OURS,
+    PATHS,
+    PEERS,
+    SIDES,
+    SOFTMAX_TEMPERATURE,
+    Case,
+    temperature_of,
+)
 from benchmarks.infonce_truth import cosine_for, embeddings, gradient_error, truth
 
 SIZES = ("1024x1024x384", "2048x2048x384", "4096x4096x384", "8192x8192x384", "2048x4096x384")
@@ -58,6 +68,9 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
         "--at-loss", nargs="+", type=float, metavar="NATS",
         help="instead: the cosine at which one-sided InfoNCE is about this; a case each",
     )  # fmt: skip
+    parser.add_argument(
+        "--temperature", type=float, help="of both softmax losses, by turns alone; default 0.05"
+    )
     parser.add_argument("--rounds", type=int, default=7, help="by turns, on a CPU")
     parser.add_argument(
         "--way", choices=("auto", "turns", "cells"), default="auto",
@@ -77,6 +90,10 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
             parser.error(f"--size {size}: want BxNxD, such as 2048x4096x384")
         if int(shape[0]) > int(shape[1]):
             parser.error(f"--size {size}: every query needs its answer among N >= B passages")
+    if args.temperature is not None:
+        if args.temperature <= 0 or args.way == "cells":
+            parser.error("--temperature: want a number > 0, and --way turns")
+        SOFTMAX_TEMPERATURE[0] = args.temperature
     return args
 
 
@@ -96,7 +113,10 @@ def compare(args: argparse.Namespace) -> None:
     from runtime.device import pick_device
 
     device = pick_device(args.device).type
-    if args.way == "turns" or (args.way == "auto" and device == "cpu"):
+    by_turns = args.way == "turns" or (args.way == "auto" and device == "cpu")
+    if args.temperature is not None and not by_turns:
+        raise SystemExit("--temperature: add --way turns")
+    if by_turns:
         args.peer = [p for p in args.peer or PEERS if p != args.ours]
         rows = [row for case in cases_of(args) for row in by_turns_in(args, case, device)]
     else:
@@ -124,6 +144,8 @@ def by_turns_in(args: argparse.Namespace, case: Case, device: str) -> list[dict]
     options = ["--loss", case.kind, "--size", case.size, "--precision", case.precision]
     options += ["--dims", ",".join(map(str, case.dims)) or "-", "--device", device]
     options += ["--cosine", str(case.cosine), "--ours", args.ours]
+    if args.temperature is not None:
+        options += ["--temperature", str(args.temperature)]
     times = run_worker(
         "benchmarks.infonce",
         [*("--worker", "times"), *options, "--rounds", str(args.rounds), "--peer", *sides],
@@ -152,7 +174,8 @@ def by_turns_in(args: argparse.Namespace, case: Case, device: str) -> list[dict]
 
 
 def _about(case: Case, ours: str) -> dict:
-    return {"kind": case.kind, "ours": ours, "cosine": round(case.cosine, 4)}
+    about = {"kind": case.kind, "ours": ours, "cosine": round(case.cosine, 4)}
+    return about | {"temperature": temperature_of(case.kind)}
 
 
 def _given(args: argparse.Namespace) -> tuple[Tensor, Tensor, Case, torch.device]:

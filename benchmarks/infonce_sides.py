@@ -25,13 +25,13 @@ from torch import Tensor
 
 KINDS = ("one-sided", "two-sided", "sigmoid")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-TEMPERATURE = 0.05
+SOFTMAX_TEMPERATURE = [0.05]  # of this process: --temperature writes another
 SIGMOID_TEMPERATURE, SIGMOID_BIAS = 0.1, -10.0  # where SigLIP starts
 Gradients = tuple[Tensor, Tensor, Tensor | None]
 
 
-def temperature_of(kind: str) -> float:
-    return SIGMOID_TEMPERATURE if kind == "sigmoid" else TEMPERATURE
+def temperature_of(kind: str = "one-sided") -> float:
+    return SIGMOID_TEMPERATURE if kind == "sigmoid" else SOFTMAX_TEMPERATURE[0]
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ def rook_by(path: str) -> Callable[..., Gradients]:
         q_BD, p_ND = leaves(q_BD, p_ND)
         B, D = q_BD.shape
         dims = sorted(dims) or [D]
-        scale = torch.tensor(1 / TEMPERATURE, device=q_BD.device)
+        scale = torch.tensor(1 / temperature_of(), device=q_BD.device)
         row_B = torch.arange(B, device=q_BD.device)
         two_sided = kind == "two-sided"
         z_MB = positive_scores(q_BD, p_ND, scale, row_B, row_B, dims=dims)
@@ -240,7 +240,7 @@ def linear_cross_entropy(q_BD: Tensor, p_ND: Tensor, dims: Sequence[int], kind: 
     def one(q_Bd: Tensor, p_Nd: Tensor) -> Tensor:
         options = LinearCrossEntropyOptions()
         row_B = torch.arange(len(q_Bd), device=q_Bd.device)
-        return F.linear_cross_entropy(q_Bd / TEMPERATURE, p_Nd, row_B, options=options)
+        return F.linear_cross_entropy(q_Bd / temperature_of(), p_Nd, row_B, options=options)
 
     return mean_over_dims(one, q_BD, p_ND, dims)
 
@@ -291,7 +291,7 @@ def _wide_product(x: Tensor, y: Tensor) -> Tensor:
 def chunked(rows: int | None) -> Callable[..., Gradients]:
     def compute(q_BD: Tensor, p_ND: Tensor, dims: Sequence[int], kind: str) -> Gradients:
         def one(q_Bd: Tensor, p_Nd: Tensor) -> Tensor:
-            return ChunkedCrossEntropy.apply(q_Bd / TEMPERATURE, p_Nd, rows)
+            return ChunkedCrossEntropy.apply(q_Bd / temperature_of(), p_Nd, rows)
 
         return mean_over_dims(one, q_BD, p_ND, dims)
 
@@ -316,7 +316,7 @@ def sentence_transformers(q_BD: Tensor, p_ND: Tensor, dims: Sequence[int], kind:
     if kind == "two-sided":
         options["directions"] = ("query_to_doc", "doc_to_query")
         options["partition_mode"] = "per_direction"
-    loss_fn = CachedMultipleNegativesRankingLoss(no_model, scale=1 / TEMPERATURE, **options)
+    loss_fn = CachedMultipleNegativesRankingLoss(no_model, scale=1 / temperature_of(), **options)
     calculate = loss_fn.calculate_loss
     if dims:
         calculate = CachedLossDecorator(calculate, list(dims), [1 / len(dims)] * len(dims))
@@ -348,7 +348,7 @@ def memeff(q_BD: Tensor, p_ND: Tensor, dims: Sequence[int], kind: str) -> Gradie
     import memeff as library
 
     name = "CLIP" if kind == "two-sided" else "LiT"
-    options = {"temperature": TEMPERATURE, "normalized_inputs": True, "stable": False}
+    options = {"temperature": temperature_of(), "normalized_inputs": True, "stable": False}
     if dims:
         options |= {"dims": sorted(dims), "weights": [1 / len(dims)] * len(dims)}
         name = f"Matryoshka{name}"
@@ -377,9 +377,9 @@ def inf_cl(q_BD: Tensor, p_ND: Tensor, dims: Sequence[int], kind: str) -> Gradie
 
     def one(q_Bd: Tensor, p_Nd: Tensor) -> Tensor:
         width = _head_width(q_Bd.shape[1])
-        loss = library.cal_flash_loss(q_Bd, p_Nd, scale=1 / TEMPERATURE, head_dim=width).mean()
+        loss = library.cal_flash_loss(q_Bd, p_Nd, scale=1 / temperature_of(), head_dim=width).mean()
         if kind == "two-sided":
-            other = library.cal_flash_loss(p_Nd, q_Bd, scale=1 / TEMPERATURE, head_dim=width)
+            other = library.cal_flash_loss(p_Nd, q_Bd, scale=1 / temperature_of(), head_dim=width)
             loss = (loss + other.mean()) / 2
         return loss
 

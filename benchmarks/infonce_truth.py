@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.infonce_sides import SIGMOID_BIAS, TEMPERATURE, Gradients, temperature_of
+from benchmarks.infonce_sides import SIGMOID_BIAS, Gradients, temperature_of
 
 _CELLS = {"cpu": 2**20, "cuda": 2**26}  # scores in float64 held at once
 
@@ -31,8 +31,8 @@ def embeddings(
 def cosine_for(loss: float, N: int, D: int) -> float:
     """The cosine of query and answer at which one-sided InfoNCE of `embeddings` is about `loss`:
     the other scores are normal with variance 1 / (D temperature^2)."""
-    log_sum = math.log(N - 1) + 1 / (2 * D * TEMPERATURE**2)
-    cosine = TEMPERATURE * (log_sum - math.log(math.expm1(loss)))
+    log_sum = math.log(N - 1) + 1 / (2 * D * temperature_of() ** 2)
+    cosine = temperature_of() * (log_sum - math.log(math.expm1(loss)))
     if not -1 < cosine < 1:
         raise SystemExit(f"no cosine gives a loss of {loss:g} at N {N}, D {D}: {cosine:.3g}")
     return cosine

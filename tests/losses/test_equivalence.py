@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from conf.schema import LossConfig
 from losses import similarity
+from losses.build import build_loss
 from losses.comparisons import Dense, chunks_of, difference, exact_loss, on_embeddings
 from losses.grad_cache import targets_on
 from losses.infonce import InfoNCE, Targets, dims_of_step
@@ -238,7 +239,7 @@ def allocations(c: LossConfig, B: int, chunk: int, monkeypatch) -> Allocations:
         guide_query_AE=torch.randn(B, 8, generator=rng),
         guide_passage_NE=torch.randn(B, 8, generator=rng),
     )  # fmt: skip
-    loss_fn = InfoNCE(c)
+    loss_fn = build_loss(c)
     with Allocations() as seen:
         loss, _ = loss_fn(q, p, targets)
         loss.backward()
@@ -254,6 +255,7 @@ MEMORY = {
         teacher="a model", teacher_weight=0.5, guide="a model", false_negative_ratio=0.95,
         label_smoothing=0.1,
     ),
+    "sigmoid": LossConfig(kind="sigmoid", dims=[32, 16]),
 }  # fmt: skip
 
 

@@ -168,10 +168,11 @@ def test_dropout_is_replayed_exactly(kind, checkpointing, tiny_base):
     assert (other[name] - expected[name]).norm() > 0.1 * expected[name].norm()
 
 
-def test_autocast_loses_no_weight_where_chunks_are_left_out(tiny_base):
+@pytest.mark.parametrize("adapter", ["auto", "automodel"])
+def test_autocast_loses_no_weight_where_chunks_are_left_out(adapter, tiny_base):
     """Autocast keeps its bf16 copies of the weights for as long as it is on. A copy made without a
     graph cuts its weight off from every later chunk, so that its gradient stays 0."""
-    towers = build_model(ModelConfig(base=str(tiny_base), dropout=0.3), dims=[])
+    towers = build_model(ModelConfig(base=str(tiny_base), dropout=0.3, adapter=adapter), dims=[])
     loss_fn = InfoNCE(LossConfig(temperature=0.5))
     bf16 = {"autocast": autocast_for("bf16", CPU)}
     _, _, expected = take_step(towers, loss_fn, random_batch(), **bf16)

@@ -43,7 +43,9 @@ LOSSES = {
     "sigmoid": LossConfig(kind="sigmoid", temperature=0.1, learn_temperature=True, dims=[16, 4]),
 }  # fmt: skip
 HALF_FROZEN = {"towers": "dual", "freeze": ["passage_tower"]}
-CASES = [("plain", HALF_FROZEN), *((loss, {}) for loss in LOSSES)]  # loss, model settings
+MODELS = [HALF_FROZEN, {"adapter": "automodel"}, {"checkpointing": True}]
+# loss, model settings
+CASES = [*(("plain", model) for model in MODELS), *((loss, {}) for loss in LOSSES)]
 
 
 class RandomGuide:
@@ -84,7 +86,11 @@ def part_of(batch: Batch, queries: tuple[int, int], passages: tuple[int, int]) -
 
 def outcome(ranks: Ranks, base: str, batch: Batch, loss: str, model: dict, **options) -> tuple:
     """(loss, numbers, gradients, number of all-reduces) of one step in float64."""
-    towers = build_model(ModelConfig(**{"base": base, "dropout": 0.0} | model)).double()
+    settings = {"base": base, "dropout": 0.0} | model
+    checkpointing = settings.pop("checkpointing", False)
+    towers = build_model(ModelConfig(**settings)).double()
+    if checkpointing:
+        towers.query.encoder.activation_checkpointing = True
     towers.unused = torch.nn.Parameter(torch.ones(3).double())  # as the pooler of some models
     loss_fn = build_loss(LOSSES[loss]).double()
     guide = RandomGuide() if LOSSES[loss].guide or LOSSES[loss].teacher else None
