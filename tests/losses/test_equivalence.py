@@ -201,13 +201,14 @@ class Allocations(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.largest = self.alive = self.peak = 0
-        self.known = set()
+        self.known, self.of_float64 = set(), []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
         for x in out if isinstance(out, tuple | list) else (out,):
             if isinstance(x, torch.Tensor) and x.untyped_storage().data_ptr():
                 self._note(x.untyped_storage(), x.element_size())
+                self.of_float64 += [function] * (x.dtype == torch.float64)
         return out
 
     def _note(self, storage, element_size):
@@ -270,6 +271,14 @@ def test_no_matrix_of_queries_by_passages_is_made(name, monkeypatch):
     assert seen.largest <= 2 * chunk * B
     # z, its masks, the gradient of each dim and the embeddings' gradients
     assert seen.peak < 0.75 * B * B, f"{seen.peak / (chunk * B):.1f} chunks alive"
+
+
+@pytest.mark.parametrize("name", MEMORY)
+def test_nothing_is_computed_in_float64(name, monkeypatch):
+    """A float32 loss: some devices (MPS) have no float64. The weights of the dims are a constant,
+    made on the host and cast on the way."""
+    seen = allocations(MEMORY[name], 64, 16, monkeypatch)
+    assert seen.of_float64 == [torch.ops.aten.lift_fresh.default]
 
 
 def test_memory_follows_the_chunk(monkeypatch):
