@@ -2,15 +2,16 @@
 
 A retriever searches all documents: every text is encoded once, every dimension comes from the same
 embeddings. A cross-encoder reranks: what first_stage= finds, or the candidates that the data brings
-(first_stage=data); with also=[...] several models side by side. Settings: conf/schema.py,
-EvaluateConfig. Prints tables; with out=<folder> also writes eval.json (means, intervals and the
-value of every query) and run.trec.
+(first_stage=data); with also=[...] several models side by side, with fuse= its scores and another's
+averaged. Settings: conf/schema.py, EvaluateConfig. Prints tables; with out=<folder> also writes
+eval.json (means, intervals and the value of every query) and run.trec.
 """
 
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from data.records import RerankSet, RetrievalSet
     from evals.eval_file import System
     from evals.metrics import Metrics
+    from evals.rerank import Candidates, Scores
     from evals.search import Hits
 
 log = logging.getLogger("evaluate")
@@ -54,7 +56,10 @@ def is_reranking(c: "EvaluateConfig") -> bool:
     """Whether candidates are put in order, rather than all documents searched."""
     from evals.systems import kind_of
 
-    return bool(c.first_stage or c.also or c.texts) or kind_of(c.model) in ("random", "reranker")
+    return bool(c.first_stage or c.also or c.fuse or c.texts) or kind_of(c.model) in (
+        "random",
+        "reranker",
+    )
 
 
 # ---------------------------------------------------------------------------------------- retrieval
@@ -137,9 +142,9 @@ def rerank(c: "EvaluateConfig") -> tuple[dict[str, Any], "dict[str, Hits]"]:
     first stage where there is one, is what the others are compared with."""
     from evals import report
     from evals.eval_file import read_eval
-    from evals.metrics import RERANK_NAMES, evaluate_hits, names_up_to
-    from evals.rerank import candidate_hits, reordered
-    from evals.systems import kind_of, labels_of, scores_by, search_by
+    from evals.fusion import fused
+    from evals.metrics import evaluate_hits
+    from evals.systems import kind_of, labels_of, scores_by
 
     if c.against:
         raise ValueError(
@@ -148,19 +153,15 @@ def rerank(c: "EvaluateConfig") -> tuple[dict[str, Any], "dict[str, Hits]"]:
         )
     if len(c.dims) > 1:
         raise ValueError(f"dims ({c.dims}): of a retriever that scores candidates one is shown")
-    data = read_candidates(c)
+    data = read_candidates(c, c.split)
     models = [c.model, *c.also]
-    first, depth = None, 0
-    if c.first_stage in (None, "data"):
-        candidates, names = data.candidates, RERANK_NAMES
-    else:
-        depth = max(c.top_k, c.rerank_k)
-        (first,) = search_by(c.first_stage, data, depth, c, c.dims).values()
-        candidates, names = first.ids_by_query(c.rerank_k), names_up_to(depth)
+    first, candidates, names = find_candidates(c, data)
+    if first is not None:
         models.insert(0, c.first_stage)
     label_of = dict(zip(models, labels_of(models), strict=True))
     metrics: dict[str, Metrics] = {}
     hits: dict[str, Hits] = {}
+    scores_of: dict[str, Scores] = {}
     time: dict[str, dict] = {}
     for model, label in label_of.items():
         if model != c.model and kind_of(model) == "eval":
@@ -169,13 +170,19 @@ def rerank(c: "EvaluateConfig") -> tuple[dict[str, Any], "dict[str, Hits]"]:
         if first is not None and model == c.first_stage:
             hits[label] = first
         else:
-            scores, taken = scores_by(model, data, candidates, c)
+            scores_of[model], taken = scores_by(model, data, candidates, c)
             if taken:
                 time[label] = taken
-            if first is None:
-                hits[label] = candidate_hits(data, scores)
-            else:
-                hits[label] = reordered(first, c.rerank_k, scores)
+            hits[label] = in_order(c, data, first, scores_of[model])
+        metrics[label] = evaluate_hits(hits[label], data.qrels, list(names))
+    fusion = None
+    if c.fuse:
+        if c.fuse not in scores_of:
+            scores_of[c.fuse], _ = scores_by(c.fuse, data, candidates, c)
+        fusion = fit_fusion(c)
+        label = "+".join(labels_of([c.model, c.fuse]))
+        both = fused(scores_of[c.model], scores_of[c.fuse], fusion["weight"])
+        hits[label] = in_order(c, data, first, both)
         metrics[label] = evaluate_hits(hits[label], data.qrels, list(names))
     result = numbers(metrics, data, c)
     reference, *others = metrics
@@ -185,18 +192,77 @@ def rerank(c: "EvaluateConfig") -> tuple[dict[str, Any], "dict[str, Hits]"]:
     result["delta"] = {
         label: report.compare(metrics[reference], metrics[label], seed=c.seed) for label in others
     }
+    if fusion:
+        result["fusion"] = fusion
     result["time"] = time  # all that depends on the clock
     own = label_of[c.model]  # run.trec is the model's
     return result, {own: hits[own]} | hits
 
 
-def read_candidates(c: "EvaluateConfig") -> "RerankSet":
-    """The test set. Raises ValueError where nothing says which documents are to be put in order."""
+def find_candidates(
+    c: "EvaluateConfig", data: "RerankSet"
+) -> "tuple[Hits | None, Candidates, Sequence[str]]":
+    """(hits of the first stage where there is one, what is put in order, names of the metrics)."""
+    from evals.metrics import RERANK_NAMES, names_up_to
+    from evals.systems import search_by
+
+    if c.first_stage in (None, "data"):
+        return None, data.candidates, RERANK_NAMES
+    depth = max(c.top_k, c.rerank_k)
+    (first,) = search_by(c.first_stage, data, depth, c, c.dims).values()
+    return first, first.ids_by_query(c.rerank_k), names_up_to(depth)
+
+
+def in_order(
+    c: "EvaluateConfig", data: "RerankSet", first: "Hits | None", scores: "Scores"
+) -> "Hits":
+    """All candidates by these scores, or the first stage's best, with the rest below them."""
+    from evals.rerank import candidate_hits, reordered
+
+    return candidate_hits(data, scores) if first is None else reordered(first, c.rerank_k, scores)
+
+
+def fit_fusion(c: "EvaluateConfig") -> dict[str, Any]:
+    """{"with", "weight"} of c.fuse, and where the weight was chosen on split dev {"dev": nDCG@10 at
+    each weight}. Raises ValueError where there is no such split to choose on."""
+    from evals.fusion import METRIC, best_weight
+    from evals.metrics import evaluate_hits
+    from evals.systems import kind_of, scores_by
+
+    found: dict[str, Any] = {"with": c.fuse, "weight": c.fuse_weight}
+    if c.fuse_weight is not None:
+        return found
+    remedy = "; or give the model's share yourself, fuse_weight=0.5"
+    if c.split == "dev":
+        raise ValueError(f"split=dev would be judged by a weight chosen on it{remedy}")
+    if c.first_stage and kind_of(c.first_stage) == "run":
+        raise ValueError(
+            f"first_stage={c.first_stage} has the {c.split} queries alone, and the weight of"
+            f" fuse= is chosen on those of split dev{remedy}"
+        )
+    try:
+        data = read_candidates(c, "dev")
+    except ValueError as e:
+        raise ValueError(f"the weight of fuse= is chosen on split dev: {e}{remedy}") from e
+    first, candidates, _ = find_candidates(c, data)
+    quiet = replace(c, latency_queries=0)
+    scores, others = (scores_by(m, data, candidates, quiet)[0] for m in (c.model, c.fuse))
+
+    def judge(both: "Scores") -> "Metrics":
+        return evaluate_hits(in_order(c, data, first, both), data.qrels, [METRIC])
+
+    found["weight"], found["dev"] = best_weight(scores, others, judge)
+    return found
+
+
+def read_candidates(c: "EvaluateConfig", split: str) -> "RerankSet":
+    """A split of the data. Raises ValueError where nothing says which documents are to be put in
+    order."""
     from conf.schema import SourceConfig
     from data.formats import read_rerank_set
 
     source = SourceConfig(root=c.data, texts=c.texts, columns=c.columns)
-    data = read_rerank_set(source, split_in(source, c.split))
+    data = read_rerank_set(source, split_in(source, split))
     if c.first_stage in (None, "data") and data.candidates is None:
         raise ValueError(
             f"{c.model} puts candidates in order, and data={c.data} brings none; add"
@@ -302,6 +368,9 @@ def rerank_tables(result: Mapping[str, Any]) -> str:
                 before_name=report.label_of(reference), after_name="this",
             ),
         ]  # fmt: skip
+    if fusion := result.get("fusion"):
+        chosen = "given" if "dev" not in fusion else "chosen on split dev"
+        parts.append(f"\nfused: {fusion['weight']:g} of the model's scores, {chosen}")
     for label, taken in result["time"].items():
         parts.append(
             f"\n{label}: {taken['median_ms']:.0f} ms a query (median; p90 {taken['p90_ms']:.0f})"

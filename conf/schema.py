@@ -686,6 +686,10 @@ class EvaluateConfig:
     also: list[str] = field(
         default_factory=list
     )  # beside the model: bm25 | random | retriever | cross-encoder | eval.json
+    # bm25 | retriever | cross-encoder whose scores of the same candidates are averaged with the
+    # model's, standardised by query: one more row (evals/fusion.py)
+    fuse: str | None = None
+    fuse_weight: float | None = None  # the model's share, in [0, 1]; null: the best on split dev
     texts: str | None = None  # BEIR folder that holds the texts, where data= is rows of ids
     latency_queries: int = 20  # timed one at a time, for a cross-encoder
     out: str | None = None  # folder for eval.json and run.trec
@@ -704,6 +708,14 @@ class EvaluateConfig:
         _require(self.top_k >= 10, f"top_k ({self.top_k}) must be >= 10")
         _require(all(d > 0 for d in self.dims), f"dims ({self.dims}) must be positive")
         _require(self.rerank_k >= 1, f"rerank_k ({self.rerank_k}) must be >= 1")
+        _require(
+            self.fuse_weight is None or (self.fuse is not None and 0 <= self.fuse_weight <= 1),
+            f"fuse_weight ({self.fuse_weight}) must be in [0, 1], and goes with fuse=<model>",
+        )
+        _require(
+            self.fuse is None or self.fuse != self.model,
+            f"fuse ({self.fuse}) is the model itself: name another",
+        )
         _require(
             self.latency_queries >= 0, f"latency_queries ({self.latency_queries}) must be >= 0"
         )

@@ -190,6 +190,102 @@ def test_a_retriever_and_an_earlier_evaluation_take_part_too(
         evaluate.run(config(tiny_base, beir, first_stage="bm25", also=[str(tmp_path / "first")]))
 
 
+def by_hand(runs: list[dict], weights: list[float], qrels: dict) -> dict:
+    """Mean metrics of runs fused query by query, through trec_eval."""
+    fused: dict = {}
+    for q in runs[0]:
+        ids = sorted(runs[0][q])
+        total = np.zeros(len(ids))
+        for run, weight in zip(runs, weights, strict=True):
+            x = np.array([run[q][d] for d in ids])
+            total += weight * (x - x.mean()) / x.std() if x.std() else 0.0
+        fused[q] = dict(zip(ids, total.tolist(), strict=True))
+    names = ("recip_rank", "ndcg_cut_10")
+    found = pytrec_eval.RelevanceEvaluator(qrels, set(names)).evaluate(fused)
+    return {name: np.mean([of[name] for of in found.values()]) for name in names}
+
+
+def labels_in(path: Path) -> dict:
+    qrels: dict = {}
+    for line in path.read_text().splitlines():
+        row = json.loads(line)
+        qrels.setdefault(row["query_id"], {})[row["doc_id"]] = row["label"]
+    return qrels
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
+def test_scores_of_two_systems_are_averaged(
+    weight, beir, labelled, reranker, tiny_base, tmp_path, capsys
+):
+    """Against the run files of the two, standardised and added by hand."""
+    out = tmp_path / "out"
+    settings = {"also": ["bm25"], "fuse": str(tiny_base), "fuse_weight": weight}
+    result = evaluate.run(config(reranker, labelled, texts=str(beir), out=str(out), **settings))
+    label = f"cross+{tiny_base.name}"
+    assert list(result["metrics"]) == ["cross", "bm25", label] and label in result["delta"]
+    assert result["fusion"] == {"with": str(tiny_base), "weight": weight}
+    assert f"fused: {weight:g} of the model's scores, given" in capsys.readouterr().out
+    evaluate.run(
+        config(tiny_base, labelled, texts=str(beir), also=["random"], out=str(tmp_path / "other"))
+    )
+    runs = [run_of(folder / "run.trec") for folder in (out, tmp_path / "other")]
+    expected = by_hand(runs, [weight, 1 - weight], labels_in(labelled / "test.jsonl"))
+    assert result["metrics"][label]["mrr"] == pytest.approx(expected["recip_rank"], abs=1e-9)
+    assert result["metrics"][label]["ndcg@10"] == pytest.approx(expected["ndcg_cut_10"], abs=1e-9)
+
+
+def test_the_weight_is_chosen_on_the_dev_split(beir, labelled, reranker, tmp_path):
+    """Against every weight by itself on that split; the test split must have no say."""
+    folder = tmp_path / "labelled"
+    folder.mkdir()
+    rows = (labelled / "test.jsonl").read_text().splitlines(keepends=True)
+    (folder / "dev.jsonl").write_text("".join(rows[:96]))
+    (folder / "test.jsonl").write_text("".join(rows[96:]))
+    given = {"texts": str(beir), "fuse": "bm25"}
+    result = evaluate.run(config(reranker, folder, **given))
+    chosen = result["fusion"]
+    assert len(chosen["dev"]) == 21 and len(set(chosen["dev"].values())) > 3
+    for weight in ("0", "0.35", "0.8", "1"):
+        alone = evaluate.run(
+            config(reranker, folder, split="dev", fuse_weight=float(weight), **given)
+        )
+        assert chosen["dev"][weight] == alone["metrics"]["cross+bm25"]["ndcg@10"]
+    assert chosen["dev"][f"{chosen['weight']:g}"] == max(chosen["dev"].values())
+    same = evaluate.run(config(reranker, folder, fuse_weight=chosen["weight"], **given))
+    assert same["metrics"] == result["metrics"]
+    (folder / "test.jsonl").write_text("".join(rows[96:120]))
+    assert evaluate.run(config(reranker, folder, **given))["fusion"] == chosen
+
+
+def test_a_first_stage_is_fused_with_what_reranks_it(beir, reranker, tiny_base):
+    """Only its first documents are; the first stage itself may be the other system."""
+    for first in ("bm25", str(tiny_base)):
+        given = {"first_stage": first, "rerank_k": 12, "fuse": str(tiny_base), "fuse_weight": 0.0}
+        metrics = evaluate.run(config(reranker, beir, **given))["metrics"]
+        both = metrics[f"cross+{tiny_base.name}"]
+        assert both["recall@100"] == metrics["cross"]["recall@100"]
+        if first == str(tiny_base):  # its own order again
+            assert both == metrics[tiny_base.name]
+
+
+def test_a_fusion_that_cannot_be_is_said(beir, labelled, reranker, tmp_path):
+    texts = {"texts": str(beir)}
+    with pytest.raises(ValueError, match=r"(?s)chosen on split dev: .*; or give .*fuse_weight=0.5"):
+        evaluate.run(config(reranker, labelled, fuse="bm25", **texts))
+    folder = tmp_path / "dev"
+    folder.mkdir()
+    (folder / "dev.jsonl").write_bytes((labelled / "test.jsonl").read_bytes())
+    with pytest.raises(ValueError, match="split=dev would be judged by a weight chosen on it"):
+        evaluate.run(config(reranker, folder, split="dev", fuse="bm25", **texts))
+    with pytest.raises(ValueError, match="has no score for every candidate"):
+        (tmp_path / "a.trec").write_text("q0 Q0 d0 1 1.0 x\n")
+        evaluate.run(config(reranker, labelled, fuse=str(tmp_path / "a.trec"), **texts))
+    with pytest.raises(ValueError, match=r"fuse_weight \(0.5\) must be in \[0, 1\], and goes with"):
+        config(reranker, labelled, fuse_weight=0.5)
+    with pytest.raises(ValueError, match="is the model itself"):
+        config("bm25", labelled, fuse="bm25")
+
+
 def test_what_does_not_go_together_is_said(beir, labelled, reranker, tiny_base, tmp_path):
     with pytest.raises(ValueError, match=r"brings none; add first_stage=bm25"):
         evaluate.run(config(reranker, beir))
