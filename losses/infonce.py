@@ -227,7 +227,7 @@ class _Negatives:
         c, z_MP = self.c, self.z_MP
         ln_MP = parts[0].log_MP
         if len(parts) > 1:
-            ln_MP = torch.logsumexp(torch.stack([p.log_MP for p in parts]), 0)
+            ln_MP = log_sum(torch.stack([p.log_MP for p in parts]))
         count_MP = sum(p.count_MP for p in parts) if self.wants_totals else None
         if c.debias:
             ln_MP = _debiased(ln_MP, z_MP, count_MP, c.debias, self.scale)
@@ -246,7 +246,7 @@ class _Negatives:
         sums = self._sums(self.q_BD, self.p_ND, self.t.relatives_BK, limits, want)
         if self.wants_columns:  # a column has cells on every rank
             all_RMN = self.ranks.gather_rows(sums.column_MN[None])
-            sums.column_MN = torch.logsumexp(all_RMN, 0)
+            sums.column_MN = log_sum(all_RMN)
             if self.wants_totals:
                 sums.column_total_MN = self.ranks.gather_rows(sums.column_total_MN[None]).sum(0)
                 sums.column_count_MN = self.ranks.gather_rows(sums.column_count_MN[None]).sum(0)
@@ -330,6 +330,14 @@ class _Negatives:
         if self.wants_columns:
             column_MN = _best(limit_MP, t.pair_passage_P, len(self.p_ND))
             self.column_limit_MN = self.ranks.gather_rows(column_MN[None]).amax(0)
+
+
+def log_sum(x_kMn: Tensor) -> Tensor:
+    """Log of the sum of e^x over the first axis; that of an empty sum is -inf and its gradient 0,
+    where torch.logsumexp's is nan."""
+    is_empty_Mn = (x_kMn == -math.inf).all(0)
+    sum_Mn = torch.logsumexp(x_kMn.masked_fill(is_empty_Mn, 0.0), 0)
+    return sum_Mn.masked_fill(is_empty_Mn, -math.inf)
 
 
 @dataclass

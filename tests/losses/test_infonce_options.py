@@ -10,7 +10,7 @@ from torch import Tensor
 
 from conf.schema import LossConfig
 from losses.build import build_loss
-from losses.infonce import Targets, dims_of_step
+from losses.infonce import Targets, dims_of_step, log_sum
 from tests.losses import test_infonce as plain_loss
 from tests.losses.test_infonce import unit
 
@@ -198,6 +198,17 @@ def test_query_negatives_without_relatives_are_refused():
     t.query_relatives_BK = None
     with pytest.raises(ValueError, match="query_relatives"):
         build_loss(LossConfig(negatives=ALL[:2]))(unit(4, 5), unit(7, 5, seed=1), t)
+
+
+def test_a_log_of_an_empty_sum_has_no_gradient():
+    """nan times 0 would be nan, far from where it began."""
+    x = torch.tensor([[[0.5, -torch.inf, -torch.inf]], [[1.5, -torch.inf, 2.0]]]).double()
+    found = log_sum(x.requires_grad_())
+    torch.testing.assert_close(found, torch.logsumexp(x, 0), rtol=1e-15, atol=0)
+    torch.nn.functional.softplus(found).sum().backward()
+    assert x.grad.isfinite().all() and not x.grad[:, 0, 1].any()
+    sigmoid = torch.sigmoid(found.detach())[0]
+    torch.testing.assert_close(x.grad[1, 0, 2], sigmoid[2], rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize(
