@@ -56,10 +56,8 @@ def is_reranking(c: "EvaluateConfig") -> bool:
     """Whether candidates are put in order, rather than all documents searched."""
     from evals.systems import kind_of
 
-    return bool(c.first_stage or c.also or c.fuse or c.texts) or kind_of(c.model) in (
-        "random",
-        "reranker",
-    )
+    is_asked = bool(c.first_stage or c.also or c.fuse or c.texts)
+    return is_asked or kind_of(c.model) in ("random", "reranker")
 
 
 # ---------------------------------------------------------------------------------------- retrieval
@@ -154,6 +152,7 @@ def rerank(c: "EvaluateConfig") -> tuple[dict[str, Any], "dict[str, Hits]"]:
     if len(c.dims) > 1:
         raise ValueError(f"dims ({c.dims}): of a retriever that scores candidates one is shown")
     data = read_candidates(c, c.split)
+    fusion = fit_fusion(c) if c.fuse else None
     models = [c.model, *c.also]
     first, candidates, names = find_candidates(c, data)
     if first is not None:
@@ -175,11 +174,9 @@ def rerank(c: "EvaluateConfig") -> tuple[dict[str, Any], "dict[str, Hits]"]:
                 time[label] = taken
             hits[label] = in_order(c, data, first, scores_of[model])
         metrics[label] = evaluate_hits(hits[label], data.qrels, list(names))
-    fusion = None
-    if c.fuse:
+    if fusion:
         if c.fuse not in scores_of:
             scores_of[c.fuse], _ = scores_by(c.fuse, data, candidates, c)
-        fusion = fit_fusion(c)
         label = "+".join(labels_of([c.model, c.fuse]))
         both = fused(scores_of[c.model], scores_of[c.fuse], fusion["weight"])
         hits[label] = in_order(c, data, first, both)
@@ -224,11 +221,17 @@ def in_order(
 
 def fit_fusion(c: "EvaluateConfig") -> dict[str, Any]:
     """{"with", "weight"} of c.fuse, and where the weight was chosen on split dev {"dev": nDCG@10 at
-    each weight}. Raises ValueError where there is no such split to choose on."""
+    each weight}. Raises ValueError, before the long work, where there is no such split to choose on
+    and for a fuse= that has no scores."""
     from evals.fusion import METRIC, best_weight
     from evals.metrics import evaluate_hits
     from evals.systems import kind_of, scores_by
 
+    if (kind := kind_of(c.fuse)) in ("run", "eval"):
+        raise ValueError(
+            f"fuse={c.fuse} is {'a run file' if kind == 'run' else 'an eval.json'}, which has no"
+            " score for every candidate; want a retriever, a cross-encoder or bm25"
+        )
     found: dict[str, Any] = {"with": c.fuse, "weight": c.fuse_weight}
     if c.fuse_weight is not None:
         return found

@@ -2,8 +2,8 @@
 
 Each query's scores are standardised, so that logits, cosines and BM25 can be added, then averaged
 with one weight for all queries. Source: Bruch et al. 2023 (An Analysis of Fusion Functions for
-Hybrid Retrieval), sec. 4: a convex combination of normalised scores, whose one parameter a small
-sample of queries is enough to fit.
+Hybrid Retrieval): a convex combination of normalised scores, whose one parameter a small sample of
+queries is enough to fit.
 """
 
 from collections.abc import Callable
