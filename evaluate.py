@@ -177,7 +177,7 @@ def rerank(c: "EvaluateConfig") -> tuple[dict[str, Any], "dict[str, Hits]"]:
     if fusion:
         if c.fuse not in scores_of:
             scores_of[c.fuse], _ = scores_by(c.fuse, data, candidates, c)
-        label = "+".join(labels_of([c.model, c.fuse]))
+        label = fusion["label"] = "+".join(labels_of([c.model, c.fuse]))
         both = fused(scores_of[c.model], scores_of[c.fuse], fusion["weight"])
         hits[label] = in_order(c, data, first, both)
         metrics[label] = evaluate_hits(hits[label], data.qrels, list(names))

@@ -223,7 +223,7 @@ def test_scores_of_two_systems_are_averaged(
     result = evaluate.run(config(reranker, labelled, texts=str(beir), out=str(out), **settings))
     label = f"cross+{tiny_base.name}"
     assert list(result["metrics"]) == ["cross", "bm25", label] and label in result["delta"]
-    assert result["fusion"] == {"with": str(tiny_base), "weight": weight}
+    assert result["fusion"] == {"with": str(tiny_base), "weight": weight, "label": label}
     assert f"fused: {weight:g} of the model's scores, given" in capsys.readouterr().out
     evaluate.run(
         config(tiny_base, labelled, texts=str(beir), also=["random"], out=str(tmp_path / "other"))
