@@ -86,6 +86,14 @@ def judged(beir: Path) -> dict:
     return qrels
 
 
+def labels_in(path: Path) -> dict:
+    qrels: dict = {}
+    for line in path.read_text().splitlines():
+        row = json.loads(line)
+        qrels.setdefault(row["query_id"], {})[row["doc_id"]] = row["label"]
+    return qrels
+
+
 def test_a_first_stage_is_reranked_before_and_after_in_one_table(beir, reranker, tmp_path, capsys):
     """Numbers of both rows against trec_eval on the run files; only the first k may move."""
     out = tmp_path / "out"
@@ -153,10 +161,7 @@ def test_models_stand_side_by_side_on_the_datas_candidates(
         assert list(result["metrics"][label]) == ["mrr", "map", "ndcg@10"]
         low, high = result["ci95"][label]["mrr"]
         assert low <= result["metrics"][label]["mrr"] <= high
-    qrels: dict = {}
-    for line in (labelled / "test.jsonl").read_text().splitlines():
-        row = json.loads(line)
-        qrels.setdefault(row["query_id"], {})[row["doc_id"]] = row["label"]
+    qrels = labels_in(labelled / "test.jsonl")
     for label in labels:
         path = out / ("run.trec" if label == "cross" else f"run_{label}.trec")
         run = run_of(path)
@@ -203,14 +208,6 @@ def by_hand(runs: list[dict], weights: list[float], qrels: dict) -> dict:
     names = ("recip_rank", "ndcg_cut_10")
     found = pytrec_eval.RelevanceEvaluator(qrels, set(names)).evaluate(fused)
     return {name: np.mean([of[name] for of in found.values()]) for name in names}
-
-
-def labels_in(path: Path) -> dict:
-    qrels: dict = {}
-    for line in path.read_text().splitlines():
-        row = json.loads(line)
-        qrels.setdefault(row["query_id"], {})[row["doc_id"]] = row["label"]
-    return qrels
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
