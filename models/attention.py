@@ -8,7 +8,7 @@ import inspect
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -30,6 +30,11 @@ BLOCK_AREA = 2 * 256 * 256
 # Texts of one length from which a group of their own is faster than a padded one of all lengths up
 # to the same multiple: with 5 to 8 they are even, with 12 to 57 it takes 0.35 to 0.84 of the time.
 ENOUGH = 10
+
+# Neighbouring elements of a dropout mask that share one cut: see Drawn.
+DRAWN_TOGETHER = 256
+
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 # The score of padding. Finite, so that the row of a padded query inside a window is not empty:
 # its softmax would be nan.
@@ -67,6 +72,14 @@ class Group:
         return torch.cat(rows)
 
     @cached_property
+    def row_c(self) -> Tensor:
+        """For each cell the row of the group that it is read from; padding repeats its text's
+        last."""
+        ends = np.cumsum(self.lengths)
+        at = np.minimum(np.arange(self.length)[None], np.array(self.lengths)[:, None] - 1)
+        return torch.from_numpy(((ends - self.lengths)[:, None] + at).ravel())
+
+    @cached_property
     def empty_cell_e(self) -> Tensor:
         """Cells of the rectangle without a token."""
         is_empty = torch.ones(self.count * self.length, dtype=torch.bool)
@@ -81,21 +94,29 @@ class Group:
         return flat.index_fill_(0, self.cell_t, 0.0).view(self.count, 1, 1, self.length)
 
     def rectangle(self, x_T: Tensor) -> Tensor:
-        """The group's rows of x (T, ...) as (n, L, ...), zeros where padding; a view without."""
+        """The group's rows of x (T, ...) as (n, L, ...); padding repeats some token of its text. A
+        view where there is no padding."""
         part_t = x_T[self.tokens]
-        shape = (self.count, self.length, *x_T.shape[1:])
-        if self.cell_t is None:
-            return part_t.view(shape)
-        cells = part_t.new_empty(self.count * self.length, *x_T.shape[1:])
-        cells.index_copy_(0, self.cell_t, part_t)
-        return cells.index_fill_(0, self.empty_cell_e, 0).view(shape)
+        if self.cell_t is not None:
+            part_t = part_t.index_select(0, self.row_c)
+        return part_t.view(self.count, self.length, *x_T.shape[1:])
 
-    def put(self, x_T: Tensor, rectangle: Tensor) -> None:
-        """Write the rows of (n, L, ...) that are tokens into x (T, ...)."""
-        if self.cell_t is None:
-            x_T[self.tokens].view(rectangle.shape).copy_(rectangle)
-        else:
-            torch.index_select(rectangle.flatten(0, 1), 0, self.cell_t, out=x_T[self.tokens])
+    def rectangle_of_zeros(self, x_T: Tensor) -> Tensor:
+        """The same with zeros where padding."""
+        cells = self.rectangle(x_T)
+        if self.cell_t is not None:
+            cells.flatten(0, 1).index_fill_(0, self.empty_cell_e, 0)
+        return cells
+
+    def put(self, x_T: Tensor, parts: Sequence[Tensor]) -> None:
+        """Write those rows of parts (n, H, L, K) that are tokens into x (T, parts, H, K)."""
+        shape = (self.count, self.length, *x_T.shape[1:])
+        part_t = x_T[self.tokens]
+        cells = part_t.view(shape) if self.cell_t is None else part_t.new_empty(shape)
+        for i, part in enumerate(parts):
+            cells[:, :, i].copy_(part.transpose(1, 2))
+        if self.cell_t is not None:
+            torch.index_select(cells.flatten(0, 1), 0, self.cell_t, out=part_t)
 
 
 def length_groups(lengths: list[int], multiple: int = 1) -> list[Group]:
@@ -218,7 +239,14 @@ def _attend(
         return _varlen_attention(qkv_T3HK, packed.cu_lengths_S1, max(packed.lengths), half_window)
     if way == "grouped":
         groups = packed.groups(length_multiple(dtype))
-        return GroupedAttention.apply(qkv_T3HK, bias_HLL, groups, half_window, dropout)
+        cells = qkv_T3HK.shape[2] * sum(g.count * g.length**2 for g in groups)
+        keeps = (
+            dropout > 0
+            and qkv_T3HK.requires_grad
+            and packed.allowance is not None
+            and packed.allowance.take(cells * (dtype.itemsize + 1))
+        )
+        return GroupedAttention.apply(qkv_T3HK, bias_HLL, groups, half_window, dropout, keeps)
     return _padded_attention(qkv_T3HK, bias_HLL, *packed.rectangle, half_window, dropout)
 
 
@@ -230,33 +258,51 @@ def _window_mask(length: int, half_window: int, device: torch.device) -> Tensor 
     return (at[:, None] - at[None, :]).abs() <= half_window
 
 
+@dataclass
+class Allowance:
+    """Bytes in which attention with dropout may keep probabilities and masks for the backward. What
+    does not fit is computed again there, with the same bits."""
+
+    bytes: float
+
+    def take(self, wanted: float) -> bool:
+        is_enough = wanted <= self.bytes
+        self.bytes -= wanted if is_enough else 0
+        return is_enough
+
+
 class Drawn:
-    """The masks of one dropout on the CPU: 15 random bits an element, the drop probability rounded
-    to 1 / 32,768. Seeded from torch's generator, so that they follow torch.manual_seed; asked for a
-    mask again, it gives the same.
+    """The masks of one dropout on the CPU, from 7 random bits an element: seeded from torch's
+    generator, so that they follow torch.manual_seed; asked for a mask again, it gives the same.
+
+    An element is dropped where its bits are below a cut. Of two neighbouring cuts each run of
+    DRAWN_TOGETHER elements takes one at random, so that every element is dropped with probability
+    p, whatever p is.
     """
 
     def __init__(self, p: float):
-        self.cut = round(p * 32_768)
-        self.scale = 32_768 / (32_768 - self.cut)
+        self.p, self.scale = p, 1 / (1 - p)
         self.seed = int(torch.empty((), dtype=torch.int64).random_())
 
     def mask(self, shape: torch.Size, number: int = 0) -> Tensor:
-        """int16: every bit set where kept, 0 where dropped. Masks of different numbers are
+        """int8: every bit set where kept, 0 where dropped. Masks of different numbers are
         independent."""
         count = shape.numel()
-        draws = np.random.SFC64([self.seed, number]).random_raw((count + 3) // 4)
-        bits = torch.from_numpy(draws.view(np.int16)[:count]).view(shape)
-        # below 0, so kept, from `cut` on; half the time of a comparison, which writes bytes
-        return bits.bitwise_and_(0x7FFF).neg_().add_(self.cut - 1).bitwise_right_shift_(15)
+        runs = -(-count // DRAWN_TOGETHER)
+        draws = np.random.SFC64([self.seed, number]).random_raw(runs * (1 + DRAWN_TOGETHER // 8))
+        cut_R = np.floor(self.p * 128 + draws[:runs] * 2.0**-64)
+        below_cut_R1 = torch.from_numpy((cut_R - 1).astype(np.int8))[:, None]
+        bits = torch.from_numpy(draws[runs:].view(np.int8)).view(runs, DRAWN_TOGETHER)
+        # below 0, so kept, from the cut on; half the time of a comparison
+        torch.sub(below_cut_R1, bits.bitwise_and_(0x7F), out=bits).bitwise_right_shift_(7)
+        return bits.view(-1)[:count].view(shape)
 
 
 def drop_(x: Tensor, mask: Tensor) -> Tensor:
-    """x with 0 where Drawn.mask has it, in place."""
-    if x.dtype == torch.bfloat16:
-        x.view(torch.int16).bitwise_and_(mask)
-        return x
-    return x.mul_(mask.neg().to(torch.uint8))  # as a factor four times as fast as a bool
+    """x with 0 where Drawn.mask has it, in place: an operation on the bits of any type of x."""
+    bits = x.view(_BITS[x.dtype.itemsize])
+    bits.bitwise_and_(mask.to(bits.dtype))
+    return x
 
 
 class GroupedAttention(torch.autograd.Function):
@@ -265,7 +311,8 @@ class GroupedAttention(torch.autograd.Function):
     One node instead of a slice per group: autograd's backward of a slice adds a full zero tensor
     per group.
     Nothing of size L x L is kept: the backward recomputes it, or runs the fused kernel's own; masks
-    of dropout are drawn again from their seed.
+    of dropout are drawn again from their seed. With keeps_dropped, for attention with dropout, both
+    are kept.
     """
 
     @staticmethod
@@ -276,36 +323,43 @@ class GroupedAttention(torch.autograd.Function):
         groups: list[Group],
         half_window: int,
         dropout: float = 0.0,
+        keeps_dropped: bool = False,
     ) -> Tensor:
         T, _, H, K = qkv_T3HK.shape
         out_THK = qkv_T3HK.new_empty(T, H, K)
-        log_sums = []
+        fused = _fused(qkv_T3HK, bias_HLL, dropout)
+        log_sums, dropped = [], []
         drawn = Drawn(dropout) if dropout else None
         for i, group in enumerate(groups):
-            q, k, v = qkv = _heads_first(group.rectangle(qkv_T3HK))
-            if _fused(qkv_T3HK, bias_HLL, dropout):
+            if "forward" in fused:
+                q, k, v = _heads_first(group.rectangle(qkv_T3HK))
                 o, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
                     q, k, v, attn_mask=_fused_mask(group, half_window, q.dtype)
                 )
                 log_sums.append(log_sum)
             else:
-                q, k, v = _copy(qkv)  # once, or each product would copy its factors
-                scaled_q = q.mul_(1 / math.sqrt(K))
-                p = _probabilities(scaled_q, k, group, bias_HLL, half_window)
+                q, k, v = _heads_first_copy(group.rectangle(qkv_T3HK))
+                p = _probabilities(q, k, group, bias_HLL, half_window)
                 if drawn:
-                    drop_(p, drawn.mask(p.shape, i))
-                    v.mul_(drawn.scale)
-                o = torch.matmul(p, v)
-            group.put(out_THK, o.transpose(1, 2))
-        ctx.save_for_backward(qkv_T3HK, bias_HLL, out_THK, *log_sums)
+                    mask = drawn.mask(p.shape, i)
+                    if keeps_dropped:
+                        dropped += [p, mask]
+                        p = p.clone()
+                    drop_(p, mask)
+                o = _scaled_product(p, v, drawn.scale if drawn else 1)
+            group.put(out_THK.unsqueeze(1), (o,))
+        out = [out_THK, *log_sums] if "backward" in fused else []
+        ctx.save_for_backward(qkv_T3HK, bias_HLL, *out, *dropped)
         ctx.groups, ctx.half_window, ctx.drawn = groups, half_window, drawn
+        ctx.is_fused, ctx.keeps_dropped = bool(out), keeps_dropped
         return out_THK
 
     @staticmethod
     def backward(ctx, grad_THK: Tensor):
-        qkv_T3HK, bias_HLL, out_THK, *log_sums = ctx.saved_tensors
+        qkv_T3HK, bias_HLL, *kept = ctx.saved_tensors
         drawn = ctx.drawn
-        K = qkv_T3HK.shape[-1]
+        scale = 1 / math.sqrt(qkv_T3HK.shape[-1])
+        kept_scale = drawn.scale if drawn else 1
         grad_qkv_T3HK = torch.empty_like(qkv_T3HK)
         wants_bias = bias_HLL is not None and ctx.needs_input_grad[1]
         grad_bias_HLL = None
@@ -313,40 +367,42 @@ class GroupedAttention(torch.autograd.Function):
             wide = torch.promote_types(bias_HLL.dtype, torch.float32)
             grad_bias_HLL = torch.zeros_like(bias_HLL, dtype=wide)
         for i, group in enumerate(ctx.groups):
-            q, k, v = qkv = _heads_first(group.rectangle(qkv_T3HK))
-            g = group.rectangle(grad_THK).transpose(1, 2)  # 0 on padding, whose rows so add nothing
-            if log_sums:
+            # g is 0 on padding, whose rows so add nothing
+            g = group.rectangle_of_zeros(grad_THK).transpose(1, 2)
+            if ctx.is_fused:
+                out_THK, *log_sums = kept
+                q, k, v = _heads_first(group.rectangle(qkv_T3HK))
                 o = group.rectangle(out_THK).transpose(1, 2)
                 dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
                     g, q, k, v, o, log_sums[i], 0.0, False,
                     attn_mask=_fused_mask(group, ctx.half_window, q.dtype),
                 )  # fmt: skip
             else:
-                scale = 1 / math.sqrt(K)
-                (q, k, v), g = _copy(qkv), _copy(g)
-                scaled_q = q.mul_(scale)
-                p = kept_p = _probabilities(scaled_q, k, group, bias_HLL, ctx.half_window)
+                q, k, v = _heads_first_copy(group.rectangle(qkv_T3HK))
+                g = g.contiguous()
+                if ctx.keeps_dropped:
+                    p, mask = kept[2 * i : 2 * i + 2]
+                else:
+                    p = _probabilities(q, k, group, bias_HLL, ctx.half_window)
+                    mask = drawn.mask(p.shape, i) if drawn else None
+                kept_p = p
                 if drawn:
-                    mask = drawn.mask(p.shape, i)
+                    mask = mask.to(_BITS[p.dtype.itemsize])  # used twice
                     kept_p = drop_(p.clone(), mask)
-                    g.mul_(drawn.scale)
-                dp = torch.matmul(g, v.transpose(-1, -2))
+                dp = _scaled_product(g, v.mT, kept_scale)
                 if drawn:
                     drop_(dp, mask)
                 ds = torch._softmax_backward_data(dp, p, -1, p.dtype)
                 if wants_bias:
                     c = min(group.length, bias_HLL.shape[1])
                     grad_bias_HLL[:, :c, :c] += ds[..., :c, :c].sum(0, dtype=wide)
-                dv = torch.matmul(kept_p.transpose(-1, -2), g)
-                dq = torch.matmul(ds, k).mul_(scale)
-                dk = torch.matmul(ds.transpose(-1, -2), scaled_q)
-            grad_qkv_nL3HK = qkv_T3HK.new_empty(group.count, group.length, *qkv_T3HK.shape[1:])
-            for part, into in zip((dq, dk, dv), _heads_first(grad_qkv_nL3HK), strict=True):
-                into.copy_(part)
-            group.put(grad_qkv_T3HK, grad_qkv_nL3HK)
+                dv = _scaled_product(kept_p.mT, g, kept_scale)
+                dq = _scaled_product(ds, k, scale)
+                dk = _scaled_product(ds.mT, q, scale)
+            group.put(grad_qkv_T3HK, (dq, dk, dv))
         if wants_bias:
             grad_bias_HLL = grad_bias_HLL.to(bias_HLL.dtype)
-        return grad_qkv_T3HK, grad_bias_HLL, None, None, None
+        return grad_qkv_T3HK, grad_bias_HLL, None, None, None, None
 
 
 def _heads_first(qkv_nL3HK: Tensor) -> Tensor:
@@ -354,19 +410,33 @@ def _heads_first(qkv_nL3HK: Tensor) -> Tensor:
     return qkv_nL3HK.permute(2, 0, 3, 1, 4)
 
 
-def _copy(x: Tensor) -> Tensor:
-    return x.clone(memory_format=torch.contiguous_format)
+def _heads_first_copy(qkv_nL3HK: Tensor) -> Tensor:
+    """The same, contiguous, or each product would copy its factors. What is read from memory is
+    read in order: of a text's 3 x H pieces a row, each some rows apart, nothing is fetched ahead.
+    """
+    if qkv_nL3HK.dtype == torch.bfloat16:
+        qkv_nL3HK = qkv_nL3HK.clone()
+    return _heads_first(qkv_nL3HK).contiguous()
 
 
-def _fused(qkv_T3HK: Tensor, bias_HLL: Tensor | None, dropout: float) -> bool:
-    # Measured on AVX-512 BF16 hardware: the fused CPU kernel's backward loses to plain bmm in bf16,
-    # wins in fp32. It has no dropout.
-    return (
-        bias_HLL is None
-        and not dropout
-        and qkv_T3HK.dtype != torch.bfloat16
-        and qkv_T3HK.device.type == "cpu"
-    )
+def _scaled_product(a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """scale * a b over (n, H, ..., ...), the factor within the product."""
+    if scale == 1:
+        return torch.matmul(a, b)
+    heads = a.shape[:2]
+    a, b = a.flatten(0, 1), b.flatten(0, 1)
+    out = a.new_empty(a.shape[0], a.shape[1], b.shape[2])
+    return torch.baddbmm(out, a, b, beta=0, alpha=scale, out=out).unflatten(0, heads)
+
+
+def _fused(qkv_T3HK: Tensor, bias_HLL: Tensor | None, dropout: float) -> tuple[str, ...]:
+    """Which directions the fused CPU kernel computes: it has no dropout, and its backward loses to
+    plain products in bf16, its forward too but on processors with matrix tiles (AMX)."""
+    if bias_HLL is not None or dropout or qkv_T3HK.device.type != "cpu":
+        return ()
+    if qkv_T3HK.dtype != torch.bfloat16:
+        return ("forward", "backward")
+    return ("forward",) if torch.cpu._is_amx_tile_supported() else ()
 
 
 def _additive(mask_LL: Tensor, dtype: torch.dtype) -> Tensor:
@@ -386,11 +456,11 @@ def _fused_mask(group: Group, half_window: int, dtype: torch.dtype) -> Tensor | 
 
 
 def _probabilities(
-    scaled_q: Tensor, k: Tensor, group: Group, bias_HLL: Tensor | None, half_window: int
+    q: Tensor, k: Tensor, group: Group, bias_HLL: Tensor | None, half_window: int
 ) -> Tensor:
     """softmax(q k^T / sqrt(K) + bias) inside the window, (n, H, L, L) in q's dtype."""
     length = group.length
-    scores = torch.matmul(scaled_q, k.transpose(-1, -2))
+    scores = _scaled_product(q, k.mT, 1 / math.sqrt(q.shape[-1]))
     if bias_HLL is not None:
         covered = min(length, bias_HLL.shape[1])  # a padded group may be longer than every text
         scores[..., :covered, :covered] += bias_HLL[:, :covered, :covered].to(scores.dtype)
@@ -399,7 +469,7 @@ def _probabilities(
             scores[i, :, :, n:].fill_(_OUTSIDE)
     elif group.cell_t is not None:
         scores += group.penalty_n11L.to(scores.dtype)
-    mask = _window_mask(length, half_window, scaled_q.device)
+    mask = _window_mask(length, half_window, q.device)
     if mask is not None:
         scores.masked_fill_(~mask, -math.inf)
     return torch.softmax(scores, -1)

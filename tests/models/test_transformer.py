@@ -10,7 +10,14 @@ import torch.nn.functional as F
 from torch.autograd import gradcheck
 
 from models import attention
-from models.attention import ENOUGH, GroupedAttention, length_groups, length_multiple
+from models.attention import (
+    DRAWN_TOGETHER,
+    ENOUGH,
+    Drawn,
+    GroupedAttention,
+    length_groups,
+    length_multiple,
+)
 from models.pretrained import load_encoder
 from models.towers import pool
 from models.transformer import (
@@ -209,6 +216,33 @@ def test_padded_groups_equal_one_text_at_a_time(lengths, half_window):
             torch.testing.assert_close(found, torch.cat(expected), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("fused", [(), ("forward",), ("forward", "backward")])
+@pytest.mark.parametrize("half_window", [0, 3])
+def test_bf16_attention_rounds_once_or_twice(fused, half_window, monkeypatch):
+    """Which directions the fused kernel takes depends on the processor: every choice, on padded
+    groups, against float64 from the same rounded numbers."""
+    monkeypatch.setattr(attention, "_fused", lambda *_: fused)
+    lengths = [40, 40, 37, 20, 5, 1]
+    torch.manual_seed(0)
+    qkv = torch.randn(sum(lengths), 3, 2, 32).bfloat16().requires_grad_()
+    grad = torch.randn(sum(lengths), 2, 32).bfloat16()
+    exact = qkv.detach().double().requires_grad_()
+    parts = []
+    for part in exact.split(lengths):
+        q, k, v = part.permute(1, 2, 0, 3)
+        scores = q @ k.mT / 32**0.5
+        at = torch.arange(len(part))
+        if half_window:
+            scores = scores.masked_fill((at[:, None] - at).abs() > half_window, -torch.inf)
+        parts.append((scores.softmax(-1) @ v).transpose(0, 1))
+    out = GroupedAttention.apply(qkv, None, length_groups(lengths, 32), half_window)
+    out.backward(grad)
+    torch.cat(parts).backward(grad.double())
+    for found, expected in ((out.detach(), torch.cat(parts).detach()), (qkv.grad, exact.grad)):
+        error = (found.double() - expected).norm() / expected.norm()
+        assert error < 2**-7, error  # bf16 rounds to 2**-9; three roundings between in and out
+
+
 def test_attention_dropout_drops_its_share_and_keeps_the_mean():
     """With equal scores and values of one, an output is the share of its row that was kept, scaled:
     1 on average, and it varies as a binomial's mean does."""
@@ -330,18 +364,38 @@ def test_activation_checkpointing_changes_nothing(tmp_path):
         assert torch.equal(plain, again)
 
 
-def test_dropout_keeps_the_stated_share_and_mean():
-    """Sixteen-bit draws: the share kept, the scale and the gradient must be those of dropout."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("p", [0.001, 0.1, 0.5, 0.9])
+def test_dropout_keeps_the_stated_share_and_mean(p, dtype):
+    """Seven-bit draws and a random cut: the share kept, the scale and the gradient must be those of
+    dropout."""
     torch.manual_seed(0)
-    layer = Dropout(0.1).train()
-    x = torch.ones(1001, 999, requires_grad=True)
+    layer = Dropout(p).train()
+    x = torch.ones(1001, 999, dtype=dtype, requires_grad=True)
     y = layer(x)
     y.sum().backward()
-    kept = (y != 0).float().mean().item()
-    assert abs(kept - 0.9) < 5 * (0.09 / x.numel()) ** 0.5  # five standard errors
-    assert torch.allclose(y[y != 0], torch.tensor(1 / 0.9), rtol=1e-4)  # p is rounded to 1 / 65,536
+    kept = (y != 0).double().mean().item()
+    # neighbours share a cut, a step of 1 / 128 or none, which varies as the share of a step does
+    step = (p * 128) % 1
+    variance = p * (1 - p) / x.numel() + step * (1 - step) / 128**2 * DRAWN_TOGETHER / x.numel()
+    assert abs(kept - (1 - p)) < 5 * variance**0.5  # five standard errors
+    assert torch.allclose(y[y != 0], torch.tensor(1 / (1 - p), dtype=dtype))
     assert torch.equal(x.grad, y.detach())
     assert layer.eval()(x) is x
+
+
+def test_dropout_masks_are_independent_and_repeat():
+    """One draw gives the same mask again; another number or another draw agrees with it where
+    chance does, and so do its own neighbours."""
+    torch.manual_seed(0)
+    first, second, shape = Drawn(0.5), Drawn(0.5), torch.Size([300, 512])
+    mask = first.mask(shape, 1)
+    assert torch.equal(mask, first.mask(shape, 1))
+    others = [first.mask(shape, 2), second.mask(shape, 1), mask.roll(1, 0), mask.roll(1, 1)]
+    others += [mask.roll(DRAWN_TOGETHER, 1), mask.roll(8, 1)]
+    for other in others:
+        same = (mask == other).double().mean().item()
+        assert abs(same - 0.5) < 5 * 0.5 / mask.numel() ** 0.5
 
 
 def test_relative_bucket_equals_transformers():
