@@ -262,7 +262,6 @@ def direct_step(towers, loss_fn, batch, *, seed, step, chunk_tokens, device, aut
         sparse_gradients,
         targets_on,
     )
-    from models.attention import Allowance
 
     tables = large_tables(towers)  # as there: only the phases differ
     parts: dict[str, list] = {"query": [], "passage": []}
@@ -270,7 +269,6 @@ def direct_step(towers, loss_fn, batch, *, seed, step, chunk_tokens, device, aut
     with autocast():
         for number, (side, some_rows, packed) in enumerate(pieces(batch, chunk_tokens, device)):
             seed_chunk(seed, step, 0, number)
-            packed.allowance = Allowance(math.inf)
             with sparse_gradients(tables):
                 parts[side].append(towers.encode(side, packed))
             rows[side].append(some_rows)

@@ -33,7 +33,6 @@ from data.groups import GroupBatch
 from data.pairs import pack_pairs
 from losses.infonce import Targets
 from losses.rerank import GroupTargets
-from models.attention import Allowance
 from models.reranker import Reranker
 from models.towers import Towers
 from models.transformer import Packed, pack
@@ -42,11 +41,6 @@ from runtime.distributed import SINGLE, Ranks
 # Rows of a table whose gradient is sparse while chunks are encoded: smaller ones are cheap, and
 # positions are read again and again.
 LARGE_TABLE = 4096
-
-
-# Share of the activation budget for probabilities of attention, which grow with the square of a
-# text's length: while there is room for them they save time, but a chunk encoded twice costs more.
-PROBABILITIES_SHARE = 0.25
 
 
 class Guide(Protocol):
@@ -194,16 +188,13 @@ def train_step(
     }
     kept: list[tuple[str, np.ndarray, Tensor]] = []
     to_replay: list[tuple[int, str, np.ndarray]] = []
-    budget = activation_budget_mib * 2**20
-    meter = GraphMeter(model, budget)
-    allowance = Allowance(budget * PROBABILITIES_SHARE)
+    meter = GraphMeter(model, activation_budget_mib * 2**20)
     replayed_tokens = 0
     # one context around all chunks: autocast keeps its copies of the weights until it ends. A copy
     # made without a graph would cut the weight off, so that no graph may come after one left out.
     with autocast():
         for number, (side, rows, packed) in enumerate(pieces(batch, chunk_tokens, device)):
             num_tokens = sum(packed.lengths)
-            packed.allowance = allowance
             with meter.graph_if_room(num_tokens, wanted=trains[side]):
                 part = encode(number, side, packed)
             with torch.no_grad():

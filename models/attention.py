@@ -239,14 +239,7 @@ def _attend(
         return _varlen_attention(qkv_T3HK, packed.cu_lengths_S1, max(packed.lengths), half_window)
     if way == "grouped":
         groups = packed.groups(length_multiple(dtype))
-        cells = qkv_T3HK.shape[2] * sum(g.count * g.length**2 for g in groups)
-        keeps = (
-            dropout > 0
-            and qkv_T3HK.requires_grad
-            and packed.allowance is not None
-            and packed.allowance.take(cells * (dtype.itemsize + 1))
-        )
-        return GroupedAttention.apply(qkv_T3HK, bias_HLL, groups, half_window, dropout, keeps)
+        return GroupedAttention.apply(qkv_T3HK, bias_HLL, groups, half_window, dropout)
     return _padded_attention(qkv_T3HK, bias_HLL, *packed.rectangle, half_window, dropout)
 
 
@@ -256,19 +249,6 @@ def _window_mask(length: int, half_window: int, device: torch.device) -> Tensor 
         return None
     at = torch.arange(length, device=device)
     return (at[:, None] - at[None, :]).abs() <= half_window
-
-
-@dataclass
-class Allowance:
-    """Bytes in which attention with dropout may keep probabilities and masks for the backward. What
-    does not fit is computed again there, with the same bits."""
-
-    bytes: float
-
-    def take(self, wanted: float) -> bool:
-        is_enough = wanted <= self.bytes
-        self.bytes -= wanted if is_enough else 0
-        return is_enough
 
 
 class Drawn:
@@ -311,8 +291,7 @@ class GroupedAttention(torch.autograd.Function):
     One node instead of a slice per group: autograd's backward of a slice adds a full zero tensor
     per group.
     Nothing of size L x L is kept: the backward recomputes it, or runs the fused kernel's own; masks
-    of dropout are drawn again from their seed. With keeps_dropped, for attention with dropout, both
-    are kept.
+    of dropout are drawn again from their seed.
     """
 
     @staticmethod
@@ -323,12 +302,11 @@ class GroupedAttention(torch.autograd.Function):
         groups: list[Group],
         half_window: int,
         dropout: float = 0.0,
-        keeps_dropped: bool = False,
     ) -> Tensor:
         T, _, H, K = qkv_T3HK.shape
         out_THK = qkv_T3HK.new_empty(T, H, K)
         fused = _fused(qkv_T3HK, bias_HLL, dropout)
-        log_sums, dropped = [], []
+        log_sums = []
         drawn = Drawn(dropout) if dropout else None
         for i, group in enumerate(groups):
             if "forward" in fused:
@@ -341,22 +319,19 @@ class GroupedAttention(torch.autograd.Function):
                 q, k, v = _heads_first_copy(group.rectangle(qkv_T3HK))
                 p = _probabilities(q, k, group, bias_HLL, half_window)
                 if drawn:
-                    mask = drawn.mask(p.shape, i)
-                    if keeps_dropped:
-                        dropped += [p, mask]
-                        p = p.clone()
-                    drop_(p, mask)
+                    drop_(p, drawn.mask(p.shape, i))
                 o = _scaled_product(p, v, drawn.scale if drawn else 1)
             group.put(out_THK.unsqueeze(1), (o,))
-        out = [out_THK, *log_sums] if "backward" in fused else []
-        ctx.save_for_backward(qkv_T3HK, bias_HLL, *out, *dropped)
+        if "backward" in fused:
+            ctx.save_for_backward(qkv_T3HK, bias_HLL, out_THK, *log_sums)
+        else:
+            ctx.save_for_backward(qkv_T3HK, bias_HLL)
         ctx.groups, ctx.half_window, ctx.drawn = groups, half_window, drawn
-        ctx.is_fused, ctx.keeps_dropped = bool(out), keeps_dropped
         return out_THK
 
     @staticmethod
     def backward(ctx, grad_THK: Tensor):
-        qkv_T3HK, bias_HLL, *kept = ctx.saved_tensors
+        qkv_T3HK, bias_HLL, *fused = ctx.saved_tensors
         drawn = ctx.drawn
         scale = 1 / math.sqrt(qkv_T3HK.shape[-1])
         kept_scale = drawn.scale if drawn else 1
@@ -369,8 +344,8 @@ class GroupedAttention(torch.autograd.Function):
         for i, group in enumerate(ctx.groups):
             # g is 0 on padding, whose rows so add nothing
             g = group.rectangle_of_zeros(grad_THK).transpose(1, 2)
-            if ctx.is_fused:
-                out_THK, *log_sums = kept
+            if fused:
+                out_THK, *log_sums = fused
                 q, k, v = _heads_first(group.rectangle(qkv_T3HK))
                 o = group.rectangle(out_THK).transpose(1, 2)
                 dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
@@ -380,14 +355,9 @@ class GroupedAttention(torch.autograd.Function):
             else:
                 q, k, v = _heads_first_copy(group.rectangle(qkv_T3HK))
                 g = g.contiguous()
-                if ctx.keeps_dropped:
-                    p, mask = kept[2 * i : 2 * i + 2]
-                else:
-                    p = _probabilities(q, k, group, bias_HLL, ctx.half_window)
-                    mask = drawn.mask(p.shape, i) if drawn else None
-                kept_p = p
+                p = kept_p = _probabilities(q, k, group, bias_HLL, ctx.half_window)
                 if drawn:
-                    mask = mask.to(_BITS[p.dtype.itemsize])  # used twice
+                    mask = drawn.mask(p.shape, i).to(_BITS[p.dtype.itemsize])  # used twice
                     kept_p = drop_(p.clone(), mask)
                 dp = _scaled_product(g, v.mT, kept_scale)
                 if drawn:
@@ -402,7 +372,7 @@ class GroupedAttention(torch.autograd.Function):
             group.put(grad_qkv_T3HK, (dq, dk, dv))
         if wants_bias:
             grad_bias_HLL = grad_bias_HLL.to(bias_HLL.dtype)
-        return grad_qkv_T3HK, grad_bias_HLL, None, None, None, None
+        return grad_qkv_T3HK, grad_bias_HLL, None, None, None
 
 
 def _heads_first(qkv_nL3HK: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from models.attention import Allowance, Drawn, Group, attend, drop_, length_groups
+from models.attention import Drawn, Group, attend, drop_, length_groups
 
 
 @dataclass
@@ -31,7 +31,6 @@ class Packed:
     lengths        the same as a list of ints: no device sync to read it
     skip_S         leading tokens of each sequence left out of pooling, int64; None: none
     types_T        token types of a sequence pair, int64; None: all 0
-    allowance      what attention may keep for its backward; None: nothing
     """
 
     ids_T: Tensor
@@ -40,7 +39,6 @@ class Packed:
     lengths: list[int]
     skip_S: Tensor | None = None
     types_T: Tensor | None = None
-    allowance: Allowance | None = None
     _groups: dict[int, list[Group]] = field(default_factory=dict, init=False, repr=False)
 
     def groups(self, multiple: int = 1) -> list[Group]:
@@ -400,13 +398,10 @@ class Encoder(nn.Module):
                 f" positions;"
                 " lower model.max_query_length or model.max_passage_length"
             )
-        checkpoints = self.activation_checkpointing and self.training and torch.is_grad_enabled()
-        if checkpoints:
-            packed.allowance = None  # a layer must keep the same when it runs again
         x_TC = self.embeddings(packed)
         bias_HLL = None if self.relative_bias is None else self._bias(longest)
         for layer in self.layers:
-            if checkpoints:
+            if self.activation_checkpointing and self.training and torch.is_grad_enabled():
                 x_TC = checkpoint(layer, x_TC, packed, bias_HLL, use_reentrant=False)
             else:
                 x_TC = layer(x_TC, packed, bias_HLL)

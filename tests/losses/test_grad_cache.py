@@ -13,7 +13,6 @@ from data.batches import Batch
 from losses import grad_cache
 from losses.grad_cache import GraphMeter, pieces, targets_on, train_step
 from losses.infonce import InfoNCE
-from models.attention import Allowance
 from models.build import build_model
 from models.transformer import Dropout, pack
 from runtime.device import autocast_for
@@ -167,42 +166,6 @@ def test_dropout_is_replayed_exactly(kind, checkpointing, tiny_base):
     _, _, other = take_step(towers, loss_fn, random_batch(), step=1)
     name = next(n for n in expected if "query" in n and expected[n].ndim == 2)
     assert (other[name] - expected[name]).norm() > 0.1 * expected[name].norm()
-
-
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_what_attention_keeps_changes_no_bit(precision, checkpointing, tiny_base, monkeypatch):
-    """Probabilities kept for the backward, as far as the allowance goes, or computed again: the
-    same gradient, bit for bit. A checkpointed layer runs twice and must ask for nothing."""
-    settings = ModelConfig(base=str(tiny_base), dropout=0.3, attention_dropout=0.3)
-    towers = build_model(settings, dims=[])
-    for tower in (towers.query, towers.passage):
-        tower.encoder.activation_checkpointing = checkpointing
-    answers, take = [], Allowance.take
-
-    def noted(self, wanted):
-        answers.append(take(self, wanted))
-        return answers[-1]
-
-    monkeypatch.setattr(Allowance, "take", noted)
-    found, taken = {}, {}
-    for share in (0, 1e-7, 1):
-        monkeypatch.setattr(grad_cache, "PROBABILITIES_SHARE", share)
-        _, _, found[share] = take_step(
-            towers,
-            InfoNCE(LossConfig(temperature=0.1)),
-            random_batch(),
-            activation_budget_mib=1e5,
-            autocast=autocast_for(precision, CPU),
-        )
-        taken[share] = set(answers)
-        answers.clear()
-    nothing = set() if checkpointing else {False}
-    assert taken[0] == nothing
-    assert checkpointing or (taken[1e-7] == {False, True} and taken[1] == {True})
-    for name, expected in found[0].items():
-        assert torch.equal(found[1e-7][name], expected), name
-        assert torch.equal(found[1][name], expected), name
 
 
 @pytest.mark.parametrize("adapter", ["auto", "automodel"])
