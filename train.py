@@ -18,7 +18,7 @@ from tqdm import tqdm
 from conf.cli import main
 from conf.schema import TrainConfig
 from data.batches import Batch
-from data.datasets import Data, open_data
+from data.datasets import Data, adopt_prompts, open_data
 from data.groups import GroupBatch, GroupData, open_groups
 from data.refresh import Refreshed
 from data.teacher import open_guide
@@ -37,6 +37,7 @@ from runtime.distributed import Ranks, broadcast_state, init_ranks
 from runtime.interrupt import Interrupt
 from runtime.memory import activation_budget_mib
 from runtime.optim import build_optimizer, lr_at, set_lr
+from runtime.run_dir import check_same_data
 from runtime.track import Tracker
 
 log = logging.getLogger("train")
@@ -68,6 +69,7 @@ def train(c: TrainConfig, run_dir: Path) -> None:
         loss_fn = build_loss(c.loss, seed=c.seed, task=c.task, precision=precision).to(device)
         optimizer = build_optimizer(model, loss_fn, c.optim)
     # before a single step; a resumed run reads what it was
+    ranks.on_main(check_same_data, run_dir, data.report["digest"])
     base = ranks.on_main(judge.evaluate_base, *judged, run_dir, precision=precision)
     total_steps = data.train.num_steps(c.optim)
     batches = data.train.batches(c, total_steps, rank=ranks.rank, world=ranks.size)
@@ -75,7 +77,7 @@ def train(c: TrainConfig, run_dir: Path) -> None:
         batches = Refreshed(batches, every=c.mine_every, towers=model, c=c, mine=c.mine,
                             folder=run_dir / "mined", ranks=ranks, precision=precision)  # fmt: skip
     start, progress = ranks.on_main(checkpoint.resume, run_dir, model, loss_fn, optimizer)
-    clock = Clock()
+    clock = Clock(began, progress.get("clock"))
     if start == 0 and c.task == "retrieval" and c.model.projection.init == "shared":
         ranks.on_main(start_projection, model, data, c, device, precision)
     broadcast_state(ranks, [model, loss_fn], optimizer)
@@ -90,7 +92,7 @@ def train(c: TrainConfig, run_dir: Path) -> None:
                disable=not ranks.is_main)  # fmt: skip
     with Interrupt() as interrupt, bar:
         for step in range(start, total_steps):
-            if c.early_stopping and progress["bad_evaluations"] >= c.early_stopping:
+            if stops_early(progress, c):
                 log.info("step %d: %d evaluations without a better %s: stopping",
                          step, c.early_stopping, c.best_metric)  # fmt: skip
                 break
@@ -112,17 +114,20 @@ def train(c: TrainConfig, run_dir: Path) -> None:
             bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
             bar.update(batch.num_examples_global)
 
-            if done % c.log_every == 0 or is_last:
-                numbers |= {"loss": loss.item(), "grad_norm": grad_norm.item(), "lr": lr}
-                numbers |= {"temperature": loss_fn.temperature.item()}
-                track.log(done, **numbers, **clock.rates())
+            values = {}
             if c.eval_every and (done % c.eval_every == 0 or is_last):
                 with clock.paused():
                     values = ranks.on_main(judge.evaluate_dev, *judged, precision=precision)
-                track.log(done, **values)
                 note_best(progress, done, values, c)
+            if done % c.log_every == 0 or is_last or stops_early(progress, c):
+                numbers |= {"loss": loss.item(), "grad_norm": grad_norm.item(), "lr": lr}
+                numbers |= {"temperature": loss_fn.temperature.item()}
+                track.log(done, **numbers, **clock.rates())
+            if values:
+                track.log(done, **values)
             stop = ranks.first(interrupt.requested)  # a signal to any rank stops all at this step
             if is_last or stop or is_time_to_save(done, progress, c):
+                progress["clock"] = clock.state()
                 with clock.paused():
                     track.sync()  # the checkpoint claims that its rows exist
                     ranks.on_main(checkpoint.save, run_dir, done, model, loss_fn, optimizer,
@@ -133,7 +138,7 @@ def train(c: TrainConfig, run_dir: Path) -> None:
                 raise SystemExit(message if ranks.is_main else 1)
 
     # 3. the result: small files that a report can read without W&B
-    totals = {"steps": done, **clock.totals(), "wall_s": time.perf_counter() - began}
+    totals = {"steps": done, **clock.totals()}
     if progress["best_step"] is not None:
         ranks.on_main(checkpoint.load_best, run_dir, model, loss_fn, progress["best_step"])
     ranks.on_main(judge.write_result, c, run_dir, *judged, base, track, totals,
@@ -150,6 +155,7 @@ def open_task(
         data = open_groups(c.data, model.spec, model.tokenizer, seed=c.seed, with_scores=scores)
         return model, data, final_rerank, (model, data)
     model = build_model(c.model, dims=c.loss.dims).to(device)
+    adopt_prompts(model.spec, c.data)
     tokenizers = model.tokenizer_query, model.tokenizer_passage
     data = open_data(c.data, model.spec, *tokenizers, seed=c.seed, with_scores=scores)
     dims = sorted(c.dims or c.loss.dims or [model.width], reverse=True)
@@ -229,10 +235,13 @@ def note_best(progress: dict, step: int, values: dict[str, float], c: TrainConfi
         progress["bad_evaluations"] += 1
 
 
+def stops_early(progress: dict, c: TrainConfig) -> bool:
+    return bool(c.early_stopping and progress["bad_evaluations"] >= c.early_stopping)
+
+
 def is_time_to_save(done: int, progress: dict, c: TrainConfig) -> bool:
-    stops_early = c.early_stopping and progress["bad_evaluations"] >= c.early_stopping
     is_due = c.save_every and done % c.save_every == 0
-    return bool(is_due or stops_early or progress["best_step"] == done)
+    return bool(is_due or stops_early(progress, c) or progress["best_step"] == done)
 
 
 if __name__ == "__main__":

@@ -424,6 +424,8 @@ def prepare_overrides(
                     is_path=_is_path_key(key),
                     is_multirun=is_multirun,
                 )
+            elif get_origin(kind) is dict and not prefix and value not in ("", "null"):
+                prefix = "++"  # its keys are new to Hydra, as one alone would be
             elif kind is Any and not _parses(f"{key}={value}"):
                 value = _quoted(value)
             elif get_origin(kind) is list:

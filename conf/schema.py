@@ -434,6 +434,17 @@ class DataConfig(SourceConfig):
             not (self.sets and self.root),
             "set data.root for one data set or data.sets for several, not both",
         )
+        if self.sets:
+            unread = [
+                f.name
+                for f in fields(SourceConfig)
+                if getattr(self, f.name) != getattr(SourceConfig(), f.name)
+            ]
+            _require(
+                not unread,
+                f"{', '.join(f'data.{name}' for name in unread)} is of one data set, but data.sets"
+                f" names several; set data.sets.<name>.{unread[0] if unread else ''} for each",
+            )
 
 
 @dataclass

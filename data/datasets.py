@@ -151,6 +151,16 @@ def token_stores(
     return stores[0], stores[1]
 
 
+def adopt_prompts(spec: Any, c: DataConfig) -> None:
+    """Make the prompts of the data sets, where all have the same, the model's own: the export then
+    has what was trained and judged. Where they differ they are noted in spec.set_prompts."""
+    of_sets = {name: prompts_of(source, spec) for name, source in (c.sets or {"": c}).items()}
+    if len(set(of_sets.values())) == 1:
+        spec.query_prompt, spec.passage_prompt = next(iter(of_sets.values()))
+    else:
+        spec.set_prompts = of_sets
+
+
 def prompts_of(source: SourceConfig, spec: Any) -> tuple[str, str]:
     """(query, passage) prompt of a data set: its own, else the model's."""
     return (

@@ -50,8 +50,8 @@ from data.toy import TOY_VERSION, toy_examples
 log = logging.getLogger(__name__)
 
 INDEX_VERSION = 2  # raise it when the same files and settings would give another folder
-NO_POSITIVE = "all in train: no query has a positive"
 _ENDINGS = frozenset(".jsonl .ndjson .json .tsv .csv .parquet .arrow .gz".split())
+NO_POSITIVE = "all in train: no query has a positive"
 
 
 @dataclass
@@ -84,7 +84,8 @@ class ReadSets:
             ),
         )
         reports = {one.name or "data": one.info["report"] for one in self.sets}
-        return {"train_examples": store.num_examples, "data_sets": reports}
+        digest = digest_of(store.num_examples, [one.folder.name for one in self.sets])
+        return {"digest": digest, "train_examples": store.num_examples, "data_sets": reports}
 
 
 def read_sets(c: DataConfig, *, groups: bool = False) -> ReadSets:
@@ -138,10 +139,31 @@ def _open_set(
     info = built_once(
         folder, lambda f: _build(f, source, c, list_path, groups), what=f"index of {shown}"
     )
+    warn_of_leaks(shown, info["report"]["leakage"])
     bad = info["report"]["bad_rows"]
     if bad["count"]:
         log.warning("%s: %d bad rows left out, listed in %s", shown, bad["count"], bad["file"])
     return folder, info
+
+
+def shared_texts(leakage: dict[str, Any]) -> dict[str, dict[str, int]]:
+    """What of a leakage report is not 0: {"train and test": {"exact queries": 3}}."""
+    counted = {
+        pair.replace("/", " and "): {
+            kind.replace("_", " "): n for kind, n in of.items() if kind != "examples" and n
+        }
+        for pair, of in leakage["pairs"].items()
+    }
+    return {pair: counts for pair, counts in counted.items() if counts}
+
+
+def warn_of_leaks(shown: str | None, leakage: dict[str, Any]) -> None:
+    """Questions asked in two splits are a warning; passages may belong to one corpus, and are
+    told."""
+    for pair, counts in shared_texts(leakage).items():
+        level = logging.WARNING if any("queries" in kind for kind in counts) else logging.INFO
+        told = ", ".join(f"{n:,} {kind}" for kind, n in counts.items())
+        log.log(level, "%s: %s share %s; result.json shows examples", shown, pair, told)
 
 
 def _content_digest(source: SourceConfig) -> str:
@@ -151,7 +173,7 @@ def _content_digest(source: SourceConfig) -> str:
     if source.format == "pydocs":
         return sources_digest(source.root)
     if source.root and (path := Path(source.root).expanduser()).exists():
-        files = [path] if path.is_file() else sorted(_data_files(path))
+        files = [path] if path.is_file() else sorted(_data_files(path, source))
         return digest_of([(str(f.relative_to(path)), file_digest(f, full=True)) for f in files])
     if source.format == "hub" and source.root:
         return _hub_commit(source.root)
@@ -168,9 +190,13 @@ def _texts_digest(source: SourceConfig) -> str | None:
     return digest_of([(f.name, file_digest(f, full=True)) for f in files])
 
 
-def _data_files(folder: Path) -> Iterator[Path]:
-    for depth in ("*", "*/*"):
-        yield from (p for p in folder.glob(depth) if p.is_file() and p.suffix.lower() in _ENDINGS)
+def _data_files(folder: Path, source: SourceConfig) -> Iterator[Path]:
+    """What a reader may open. `datasets` goes to any depth and knows more endings than we do."""
+    is_hub = source.format == "hub" or (source.format == "auto" and detect(str(folder)) == "hub")
+    for path in folder.rglob("*"):
+        is_hidden = any(p.startswith(".") for p in path.relative_to(folder).parts)
+        if path.is_file() and not is_hidden and (is_hub or path.suffix.lower() in _ENDINGS):
+            yield path
 
 
 def _hub_commit(root: str) -> str:

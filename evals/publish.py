@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from conf.schema import TrainConfig
+from data.reading import shared_texts
 from evals import report
 from runtime.run_dir import write_json_atomic, write_text_atomic
 from runtime.track import Tracker, read_rows
@@ -50,7 +51,26 @@ def facts_of(c: TrainConfig, result: Mapping[str, Any]) -> dict[str, object]:
         f" {result['tokens_per_s']:.0f} tokens/s",
         "peak memory": f"{result['peak_memory_mib']} MiB",
         "seed": c.seed,
+        **data_facts(result.get("data", {})),
     }
+
+
+def data_facts(report: Mapping[str, Any]) -> dict[str, str]:
+    """How each data set was split, what its splits share, and its bad rows: name -> text."""
+    facts = {}
+    for name, one in report.get("data_sets", {}).items():
+        of = "" if len(report["data_sets"]) == 1 else f" of {name}"
+        split = {k: v for k, v in one["split"].items() if k in ("method", "seed", "own")}
+        facts[f"splits{of}"] = ", ".join(f"{key} {value}" for key, value in split.items())
+        shared = [
+            f"{pair}: " + ", ".join(f"{n:,} {kind}" for kind, n in counts.items())
+            for pair, counts in shared_texts(one["leakage"]).items()
+        ]
+        facts[f"texts shared by splits{of}"] = "; ".join(shared) or "none found"
+        if one["bad_rows"]["count"]:
+            bad = one["bad_rows"]
+            facts[f"bad rows{of}"] = f"{bad['count']:,} left out, listed in {bad['file']}"
+    return facts
 
 
 def card_of(c: TrainConfig, result: Mapping[str, Any], **settings: Any) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from torch import Tensor
 from data.tokens import special_ends
 from models.pretrained import ACTIVATION_CLASSES, LAYOUTS, POOLINGS, Source, name_map
 from models.reranker import Reranker
-from models.towers import Projection, Tower, Towers
+from models.towers import Projection, Tower, Towers, TowerSpec
 from models.transformer import Encoder
 
 log = logging.getLogger(__name__)
@@ -81,13 +81,21 @@ def _write(towers: Towers, out: Path, card: dict[str, Any], *, name: str) -> Non
     write_modules(modules, out)
     settings = {
         "__version__": {"transformers": version("transformers"), "pytorch": version("torch")},
-        "prompts": {"query": spec.query_prompt, "document": spec.passage_prompt},
+        "prompts": {"query": spec.query_prompt, "document": spec.passage_prompt} | _named(spec),
         "default_prompt_name": None,
         "similarity_fn_name": "cosine" if spec.normalize else "dot",
         "rook": {"dims": list(spec.dims), "base": spec.base},
     }
     write_json(out / "config_sentence_transformers.json", settings)
     (out / "README.md").write_text(model_card(towers, card, name=name), encoding="utf-8")
+
+
+def _named(spec: TowerSpec) -> dict[str, str]:
+    """Prompts of the data sets trained on, where they differ, under names for prompt_name=."""
+    pairs = spec.set_prompts.items()
+    return {f"{name}-query": query for name, (query, _) in pairs} | {
+        f"{name}-document": passage for name, (_, passage) in pairs
+    }
 
 
 def write_modules(modules: list[tuple[str, str]], out: Path) -> None:
@@ -322,6 +330,10 @@ def _settings(towers: Towers, card: dict[str, Any]) -> dict[str, Any]:
         "normalised": spec.normalize,
         "query prompt": repr(spec.query_prompt) if spec.query_prompt else "none",
         "passage prompt": repr(spec.passage_prompt) if spec.passage_prompt else "none",
+        **{
+            f"prompts of {name}": f"{query!r} and {passage!r}"
+            for name, (query, passage) in spec.set_prompts.items()
+        },
         "longest query": f"{spec.max_query_length} tokens",
         "longest passage": f"{spec.max_passage_length} tokens",
         "trained dimensions": ", ".join(map(str, spec.dims)) or str(towers.width),
@@ -392,6 +404,11 @@ def _usage(towers: Towers, name: str) -> list[str]:
     ]
     if spec.query_prompt or spec.passage_prompt:
         lines += ["`encode_query` and `encode_document` add the prompts; plain `encode` adds none."]
+    if spec.set_prompts:
+        lines += [
+            "It was trained with a prompt for each data set; ask for one by name, for example"
+            f' `model.encode_query(texts, prompt_name="{next(iter(spec.set_prompts))}-query")`.'
+        ]
     if towers.is_dual:
         lines += [
             "The folder holds a Router with routes `query` and `document`. Plain `encode` takes the"

@@ -113,6 +113,8 @@ class TowerSpec:
     max_query_length: int = 512  # tokens, prompt and special tokens included
     max_passage_length: int = 512
     dims: list[int] = field(default_factory=list)  # Matryoshka dims it was trained for
+    # (query, passage) prompt of each data set it was trained on, where they differ
+    set_prompts: dict[str, tuple[str, str]] = field(default_factory=dict)
 
     def side(self, side: str) -> tuple[str, int]:
         """(prompt, maximum length) of side "query" or "passage"."""

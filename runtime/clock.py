@@ -6,12 +6,18 @@ from data.batches import Batch
 
 
 class Clock:
-    """count() every batch; what runs inside `with clock.paused():` is not training time."""
+    """count() every batch; what runs inside `with clock.paused():` is not training time.
 
-    def __init__(self) -> None:
-        self._began, self._away = time.perf_counter(), 0.0
-        self._examples = self._tokens = 0
-        self._last = (0.0, 0, 0)
+    began    of the process, in seconds of time.perf_counter
+    earlier  state() of the run that this one continues; None: nothing came before
+    """
+
+    def __init__(self, began: float, earlier: dict[str, float] | None = None) -> None:
+        earlier = earlier or {"train_s": 0.0, "wall_s": 0.0, "examples": 0, "tokens": 0}
+        self._wall_began = began - earlier["wall_s"]
+        self._began, self._away = time.perf_counter() - earlier["train_s"], 0.0
+        self._examples, self._tokens = int(earlier["examples"]), int(earlier["tokens"])
+        self._last = (self._spent(), self._examples, self._tokens)
 
     def count(self, batch: Batch, num_ranks: int = 1) -> None:
         """Of all ranks, which have as many tokens as this one but for part of a text."""
@@ -40,11 +46,21 @@ class Clock:
             "time.tokens_per_s": (self._tokens - tokens) / seconds,
         }
 
+    def state(self) -> dict[str, float]:
+        """What a checkpoint keeps, so that a resumed run counts on."""
+        return {
+            "train_s": self._spent(),
+            "wall_s": time.perf_counter() - self._wall_began,
+            "examples": self._examples,
+            "tokens": self._tokens,
+        }
+
     def totals(self) -> dict[str, float]:
-        """Of this process: a resumed run counts from where it went on."""
+        """Of the whole run: what a kill lost after its last checkpoint is not counted."""
         seconds = max(1e-9, self._spent())
         return {
             "examples_per_s": self._examples / seconds,
             "tokens_per_s": self._tokens / seconds,
             "train_s": seconds,
+            "wall_s": time.perf_counter() - self._wall_began,
         }

@@ -372,6 +372,19 @@ def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def check_same_data(run_dir: Path, digest: str) -> None:
+    """Note in data.json what the data of a run are, by content; raise ValueError where a resumed
+    run would train on others."""
+    path = Path(run_dir) / "data.json"
+    before = _read_json(path).get("digest") if path.is_file() else None
+    if before is not None and before != digest:
+        raise ValueError(
+            f"{run_dir} cannot be resumed: its data changed since it began (content {before[:12]}"
+            f" in {path}, {digest[:12]} now); bring the files back, or train anew with name="
+        )
+    write_json_atomic(path, {"digest": digest})
+
+
 def _check_same_settings(run_dir: Path, c: Any) -> None:
     """Raise ValueError listing the result-relevant settings that differ from config.yaml."""
     before, now = _flatten(read_config(run_dir)), _flatten(asdict(c))

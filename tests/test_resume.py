@@ -62,6 +62,7 @@ def outcome(folder: Path, name: str) -> tuple[dict, list[dict]]:
     """(final weights, loss and optimiser state; metrics without what depends on the clock)."""
     run = run_dir(folder, name)
     state = torch.load(run / "checkpoints" / f"step_{STEPS:08d}" / "state.pt", weights_only=True)
+    assert state["progress"].pop("clock")["examples"] > 0
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return state, [{k: v for k, v in row.items() if not k.startswith("time.")} for row in rows]
 

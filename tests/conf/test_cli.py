@@ -137,11 +137,11 @@ def test_awkward_names_paths_and_prompts_arrive_as_typed(run, value):
     """Hydra's grammar rejects most of these and reads 1e3, true and 007 as something else."""
     code, calls, _, err = run(
         f"name={value}", f"data.cache_dir=dir/{value}/x", f"model.query_prompt={value}",
-        f"data.columns.query={value}", f"data.sets.s.root={value}",
+        f"data.sets.s.columns.query={value}", f"data.sets.s.root={value}",
     )  # fmt: skip
     assert code == 0, err
     c, run_dir = calls[0]
-    assert c.name == c.model.query_prompt == c.data.columns["query"] == value
+    assert c.name == c.model.query_prompt == c.data.sets["s"].columns["query"] == value
     assert c.data.sets["s"].root == value
     assert run_dir == Path("runs") / value / run_dir.parts[2] / "seed0" and run_dir.is_dir()
     assert c.data.cache_dir == f"dir/{value}/x"
@@ -157,14 +157,40 @@ def test_keys_under_mappings_need_no_plus(run):
     """Hydra refuses a key that a mapping does not hold yet, and typed elements it cannot make."""
     code, calls, _, err = run(
         "data.filter.label=0", "data.filter.kind=a(b=c", "data.columns.query=premise",
-        "data.sets.a.root=x y", "data.sets.a.weight=2", "+data.sets.b.root=z",
-        "data.sets.b.columns.positive=p",
+        "data.root=x",
     )  # fmt: skip
     assert code == 0, err
     data = calls[0][0].data
     assert data.filter == {"label": 0, "kind": "a(b=c"} and data.columns == {"query": "premise"}
+    code, calls, _, err = run(
+        "data.sets.a.root=x y", "data.sets.a.weight=2", "+data.sets.b.root=z",
+        "data.sets.b.columns.positive=p", "name=sets",
+    )  # fmt: skip
+    assert code == 0, err
+    data = calls[0][0].data
     assert data.sets["a"] == SourceConfig(root="x y", weight=2.0)
     assert data.sets["b"] == SourceConfig(root="z", columns={"positive": "p"})
+
+
+def test_a_mapping_can_be_written_whole(run):
+    """As the messages about missing columns tell a user to write it."""
+    code, calls, _, err = run(
+        "data.columns={query: premise, positive: hypothesis}",
+        "data.filter={label: 0}",
+        "data.root=x",
+    )
+    assert code == 0, err
+    data = calls[0][0].data
+    assert data.columns == {"query": "premise", "positive": "hypothesis"}
+    assert data.filter == {"label": 0}
+
+
+def test_settings_of_one_data_set_beside_several_are_refused(run):
+    """Nothing would read them: the sets have their own."""
+    code, _, _, err = run("data.sets.a.root=x", "data.columns.query=q", "data.query_prompt=p")
+    assert code == 2
+    assert "data.columns, data.query_prompt is of one data set" in err
+    assert "set data.sets.<name>.columns" in err
 
 
 def test_job_gets_plain_dataclasses(run):
