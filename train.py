@@ -159,6 +159,8 @@ def open_task(
     tokenizers = model.tokenizer_query, model.tokenizer_passage
     data = open_data(c.data, model.spec, *tokenizers, seed=c.seed, with_scores=scores)
     dims = sorted(c.dims or c.loss.dims or [model.width], reverse=True)
+    if dims[0] > model.width:
+        raise ValueError(f"dims ({dims[0]}) must be <= {model.width}, the embedding's dimension")
     return model, data, final, (model, data, dims)
 
 

@@ -385,7 +385,8 @@ class DataConfig(SourceConfig):
     # task=rerank: what the first steps do otherwise, stage by stage, for example
     # data.curriculum='[{steps: 120, max_negatives: 0, random_negatives: 5, max_train_length: 96}]'
     curriculum: list[StageConfig] = field(default_factory=list)
-    dev_fraction: float = 0.1  # used where the data has no split of its own
+    # used where the data has no split of its own; held-out rows are kept in memory, others stream
+    dev_fraction: float = 0.1
     test_fraction: float = 0.1
     split_seed: int = 0
     eval_corpus: str = (
@@ -653,6 +654,7 @@ class TrainConfig:
             _require(
                 is_rerank or not value, f"data.{key} ({value}) is of groups, which task=rerank has"
             )
+        _require(all(d > 0 for d in self.dims), f"dims ({self.dims}) must be positive")
         _require(
             not (is_rerank and self.loss.dims),
             f"loss.dims ({self.loss.dims}) are a retriever's; a reranker has none",

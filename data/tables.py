@@ -148,7 +148,10 @@ def looks_like_names(fields: list[str]) -> bool:
 def _text_table(path: Path, kind: str, bad: BadRows, header_rule: HeaderRule) -> Table:
     split_rows = _csv_fields if kind == "csv" else _tsv_fields
     # the first row decides; faults before it are reported when the rows are read
-    first = next((fields for _, fields in split_rows(path, BadRows("skip"))), None)
+    faults = BadRows("skip")
+    first = next((fields for _, fields in split_rows(path, faults)), None)
+    if first is None and faults.first:
+        raise ValueError(f"{path}: no row can be read; the first fault: {faults.first}")
     if first is None:
         raise ValueError(f"{path}: expected rows of data, found none that is UTF-8 text")
     fields = [f.strip() for f in first]

@@ -414,6 +414,19 @@ def test_sets_over_one_corpus_store_it_once(tmp_path):
     assert [p.name for p in folder.glob("*.doc_texts.bin")] == ["dev.doc_texts.bin"]
 
 
+def test_a_hub_folder_that_changed_deep_down_is_read_again(tmp_path):
+    """`datasets` reads any depth; a digest of the first two levels would serve the old rows."""
+    pytest.importorskip("datasets", reason="the package datasets (extra [hub]) is missing")
+    deep = tmp_path / "hub" / "en" / "train" / "x" / "train.jsonl"
+    deep.parent.mkdir(parents=True)
+    found = []
+    for count in (60, 30):
+        write_rows(deep, pairs(count))
+        data = open_some(tmp_path, root=str(tmp_path / "hub"), format="hub", dev_fraction=0)
+        found.append(data.train.num_examples + len(data.test["test"].query_ids))
+    assert found == [60, 30]
+
+
 def test_a_local_hub_folder_is_read_like_files(tmp_path):
     hub = pytest.importorskip("datasets", reason="the package datasets (extra [hub]) is missing")
     parts = {s: hub.Dataset.from_list(pairs(5, s[0])) for s in ("train", "validation", "test")}

@@ -1,0 +1,156 @@
+"""Whole runs on a few rows, in this process: what they leave is what they did."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from conf.schema import (
+    DataConfig,
+    ModelConfig,
+    OptimConfig,
+    RuntimeConfig,
+    SourceConfig,
+    TrainConfig,
+    WandbConfig,
+)
+from evals.retrieval import encode_sets, score
+from models.pretrained import load_towers
+from runtime.clock import Clock
+from runtime.run_dir import check_same_data
+from runtime.track import read_rows
+from train import train
+
+WORDS = "amber basalt cobalt dune ember fjord glacier harbour island juniper krill lagoon".split()
+
+
+def write_rows(path, count: int, seed: int = 0) -> None:
+    rng = np.random.default_rng(seed)
+    lines = []
+    for i in range(count):
+        words = " ".join(rng.choice(WORDS, 3))
+        lines.append(json.dumps({"query": f"{words} {i}", "positive": f"{i} about {words}"}))
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+@pytest.fixture
+def config(tiny_base, tmp_path) -> TrainConfig:
+    root = tmp_path / "pairs.jsonl"
+    write_rows(root, 80)
+    return TrainConfig(
+        model=ModelConfig(base=str(tiny_base), max_query_length=48, max_passage_length=48),
+        data=DataConfig(root=str(root), cache_dir=str(tmp_path / "cache")),
+        optim=OptimConfig(steps=6, batch_size=8, lr=1e-3),
+        runtime=RuntimeConfig(precision="fp32"),
+        wandb=WandbConfig(mode="disabled"),
+        examples_shown=0,
+        log_every=4,
+    )
+
+
+def run(c: TrainConfig, folder) -> dict:
+    folder.mkdir(exist_ok=True)
+    train(c, folder)
+    return json.loads((folder / "result.json").read_text())
+
+
+def test_the_export_has_the_prompts_that_were_trained_and_judged(config, tmp_path):
+    """Prompts of a data set are as good as the model's: the export read back, with nothing said
+    about prompts, gives the number on its card."""
+    config.data.query_prompt, config.data.passage_prompt = "find this: ", "text: "
+    result = run(config, tmp_path / "run")
+    towers = load_towers(str(tmp_path / "run" / "export"))
+    assert (towers.spec.query_prompt, towers.spec.passage_prompt) == ("find this: ", "text: ")
+    from data.datasets import open_data
+
+    sources = replace(config.data, query_prompt=None, passage_prompt=None)
+    data = open_data(sources, towers.spec, towers.tokenizer_query, towers.tokenizer_passage)
+    embedded = encode_sets(towers, data.test, prompts={"test": (None, None)}, precision="fp32")
+    found = score(*embedded["test"], data.test["test"], [towers.width])[towers.width].metrics.means
+    expected = result["metrics"]["tuned"][str(towers.width)]
+    assert found["ndcg@10"] == pytest.approx(expected["ndcg@10"], abs=1e-9)
+
+
+def test_differing_prompts_of_data_sets_are_exported_by_name(config, tmp_path):
+    """No single pair of prompts is right for both sets: the folder names all of them."""
+    other = tmp_path / "other.jsonl"
+    write_rows(other, 60, seed=1)
+    root, config.data.root = config.data.root, None
+    config.data.sets = {
+        "a": SourceConfig(root=root, query_prompt="a: "),
+        "b": SourceConfig(root=str(other), query_prompt="b: "),
+    }
+    run(config, tmp_path / "run")
+    export = tmp_path / "run" / "export"
+    settings = json.loads((export / "config_sentence_transformers.json").read_text())
+    assert settings["prompts"] == {
+        "query": "", "document": "", "a-query": "a: ", "a-document": "", "b-query": "b: ",
+        "b-document": "",
+    }  # fmt: skip
+    card = (export / "README.md").read_text()
+    assert "| prompts of a | 'a: ' and '' |" in card and 'prompt_name="a-query"' in card
+
+
+def test_a_run_goes_on_with_its_own_data_only(config, tmp_path):
+    """A file that changed since the checkpoint would train on other rows without a word."""
+    run(config, tmp_path / "run")
+    (tmp_path / "run" / "result.json").unlink()  # as after a kill during the last evaluation
+    run(config, tmp_path / "run")
+    write_rows(tmp_path / "pairs.jsonl", 70)
+    (tmp_path / "run" / "result.json").unlink()
+    with pytest.raises(ValueError, match="cannot be resumed: its data changed since it began"):
+        run(config, tmp_path / "run")
+
+
+def test_the_same_data_are_noted_once(tmp_path):
+    check_same_data(tmp_path, "a" * 32)
+    check_same_data(tmp_path, "a" * 32)
+    with pytest.raises(ValueError, match="content aaaaaaaaaaaa"):
+        check_same_data(tmp_path, "b" * 32)
+    assert json.loads((tmp_path / "data.json").read_text())["digest"] == "a" * 32
+
+
+def test_a_resumed_run_counts_on(config, tmp_path):
+    """Rates and seconds are of the whole run, not of the process that finished it."""
+    first = run(config, tmp_path / "run")
+    (tmp_path / "run" / "result.json").unlink()
+    again = run(config, tmp_path / "run")
+    assert again["train_s"] >= 0.9 * first["train_s"] > 0
+    assert again["examples_per_s"] > 0 and again["wall_s"] > again["train_s"]
+    clock = Clock(began=0.0, earlier={"train_s": 5.0, "wall_s": 9.0, "examples": 50, "tokens": 100})
+    assert 5 <= clock.totals()["train_s"] < 6
+    assert clock.totals()["examples_per_s"] == pytest.approx(10, rel=0.1)
+    assert clock.rates()["time.pairs_per_s"] == 0
+
+
+def test_a_run_that_stops_early_logs_its_last_step(config, tmp_path):
+    """Its final loss and mean similarities would be those of some step before."""
+    config.eval_every, config.early_stopping, config.optim.lr = 3, 1, 1e-12
+    config.optim.steps = 11
+    result = run(config, tmp_path / "run")
+    rows = read_rows(tmp_path / "run" / "metrics.jsonl")
+    assert result["steps"] == 6  # nothing is learned: the second evaluation is no better
+    assert [row["step"] for row in rows if "loss" in row] == [4, 6]
+    assert [row["step"] for row in rows if "dev/ndcg@10" in row] == [3, 6]
+
+
+def test_shared_questions_are_a_warning_and_in_the_report(config, tmp_path, caplog):
+    """A leak that stands in a JSON file alone is published."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for name in ("train", "dev", "test"):
+        write_rows(folder / f"{name}.jsonl", 30, seed=name == "dev")
+    config.data.root = str(folder)
+    run(config, tmp_path / "run")
+    assert "train and test share 30 exact queries" in caplog.text
+    report = (tmp_path / "run" / "report.md").read_text()
+    assert "- texts shared by splits: train and dev" in report
+    assert "train and test: 30 exact queries, 30 exact positives" in report
+
+
+def test_dims_wider_than_the_model_are_refused_before_any_work(config, tmp_path):
+    config.dims = [999]
+    with pytest.raises(ValueError, match=r"dims \(999\) must be <= 16"):
+        run(config, tmp_path / "run")
+    assert not (tmp_path / "run" / "base.json").exists()
