@@ -443,8 +443,9 @@ class DataConfig(SourceConfig):
             ]
             _require(
                 not unread,
-                f"{', '.join(f'data.{name}' for name in unread)} is of one data set, but data.sets"
-                f" names several; set data.sets.<name>.{unread[0] if unread else ''} for each",
+                f"data.sets names data sets with settings of their own, got beside it"
+                f" {', '.join(f'data.{name}' for name in unread)}, which none of them would read;"
+                f" set data.sets.<name>.{unread[0] if unread else ''} for each",
             )
 
 

@@ -189,7 +189,7 @@ def test_settings_of_one_data_set_beside_several_are_refused(run):
     """Nothing would read them: the sets have their own."""
     code, _, _, err = run("data.sets.a.root=x", "data.columns.query=q", "data.query_prompt=p")
     assert code == 2
-    assert "data.columns, data.query_prompt is of one data set" in err
+    assert "got beside it data.columns, data.query_prompt, which none of them would read" in err
     assert "set data.sets.<name>.columns" in err
 
 
