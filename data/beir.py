@@ -245,6 +245,15 @@ def _read_qrels(path: Path, bad: BadRows) -> Iterator[tuple[int, str, str, int]]
         )
 
 
+def read_answers(root: Path) -> Iterator[tuple[str, str]]:
+    """(query id, document id) of everything judged relevant, in any split."""
+    for split in beir_splits(root):
+        qrels = _beir_paths(root, split)[2]
+        for _, query_id, doc_id, grade in _read_qrels(qrels, BadRows("skip")):
+            if grade > 0:
+                yield query_id, doc_id
+
+
 def is_corpus(path: Path) -> bool:
     """Whether it is a folder with a corpus.jsonl, or a file whose first row is a document of one.
 

@@ -19,6 +19,7 @@ import numpy as np
 
 from conf.schema import FilterConfig, PrepareConfig
 from data.languages import comparable, is_question, language_share, plain, script_share, words
+from data.records import content_hash
 from data.rows import (
     Pair,
     keep_pairs,
@@ -186,6 +187,12 @@ def near_duplicates(pairs: Sequence[Pair], c: FilterConfig) -> dict[int, str]:
                 own = shingle_set(pairs[p].passage)
                 others = [(e, shingle_set(pairs[e].passage)) for e in earlier]
                 near_both[p] = [e for e, x in others if similarity(own, x) >= c.near_duplicate]
+        # near_pairs compares a query with its first partners only; an equal pair is always found
+        first_of: dict[tuple[int, int], int] = {}
+        for p, pair in enumerate(pairs):
+            key = content_hash(pair.query), content_hash(pair.passage)
+            if first_of.setdefault(key, p) != p:
+                near_both[p] = [first_of[key], *near_both[p]]
     if c.near_query is not None:
         near_query = near_pairs(queries, c.near_query)
     dropped: dict[int, str] = {}
@@ -318,9 +325,10 @@ def _embedder(c: PrepareConfig) -> Callable[[list[Pair]], tuple[np.ndarray, np.n
 
 def _unlikely(pairs: list[Pair], c: PrepareConfig) -> dict[int, str]:
     """Pairs that filter.reranker gives a probability below filter.min_probability."""
-    from models.reranker import load_reranker
+    from models.reranker import check_judges, load_reranker
     from runtime.device import pick_device
 
+    check_judges(str(c.filter.reranker), "filter.reranker", ", or filter.model for a retriever")
     reranker = load_reranker(str(c.filter.reranker)).to(pick_device(c.device))
     probability_P = pair_probabilities(reranker, pairs, c, "filter: cross-encoder")
     least = c.filter.min_probability

@@ -33,6 +33,7 @@ from data.splits import shingle_set, similarity
 from data.teacher import Encoder
 from data.veto import Veto
 from models.pretrained import resolve_base
+from models.reranker import check_judges
 from runtime.device import keep_freed_memory, pick_device
 
 log = logging.getLogger(__name__)
@@ -112,7 +113,7 @@ def choose(
 
 def _depth(pool: Pool, c: MineConfig) -> int:
     """Candidates asked for: the last rank, and room for what answers the query or equals it."""
-    most = c.last_rank + max(map(len, pool.positives)) + 1
+    most = c.last_rank + max(map(len, pool.answers)) + 1
     return min(most, len(pool.docs.texts))
 
 
@@ -120,7 +121,8 @@ def _candidates(
     pool: Pool, q: int, found: Mapping[str, tuple[np.ndarray, np.ndarray]], c: MineConfig
 ) -> list[Negative]:
     """The query's candidates between the two ranks, sources in turns."""
-    answers, own = {*pool.positives[q], pool.docs.find(pool.queries.texts[q])}, set(pool.own[q])
+    answers = {*pool.answers[q], pool.docs.find(pool.queries.texts[q])}
+    own = set(pool.own[q]) if c.keep_own else ()  # kept, they stand in the row already
     by_doc: dict[int, Negative] = {}
     for name, (docs_QK, scores_QK) in found.items():
         rank = 0
@@ -253,6 +255,8 @@ def mine_file(c: PrepareConfig, source: Path, target: Path) -> dict[str, Any]:
             )
     keep_freed_memory()
     device, cache_dir = pick_device(c.device), Path(c.cache_dir)
+    if c.mine.reranker is not None:
+        check_judges(c.mine.reranker, "mine.reranker", ", or mine.model for a retriever")
     pool = read_pool(c, source)
     sources, judge, digests = _open_sources(c, pool, device, cache_dir)
     veto = None

@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 
 from conf.schema import PrepareConfig, SourceConfig
-from data.beir import is_corpus, read_beir, read_corpus
+from data.beir import is_corpus, read_answers, read_beir, read_corpus
 from data.formats import content_hash, detect, resolve_split
 from data.records import Example, RetrievalSet
 from data.rows import read_source
@@ -67,10 +67,14 @@ class Pool:
     positives  passages that answer it, as any row with an equal query has them
     grades     of these, 1 where the data gives none
     own        negatives that the data gives it
+    answers    all passages known to answer it: positives, and those of rows that an earlier stage
+               dropped, of other splits and of mine.corpus
     """
 
     def __init__(self) -> None:
         self.queries, self.docs = Texts("q"), Texts("d")
+        self.answers: list[set[int]] = []
+        self._known: list[tuple[str, Sequence[str]]] = []
         self.positives: list[list[int]] = []
         self.grades: list[list[float]] = []
         self.own: list[list[int]] = []
@@ -88,17 +92,28 @@ class Pool:
         if q == len(self.positives):
             for lists in (self.positives, self.grades, self.own):
                 lists.append([])
+            self.answers.append(set())
+        self.answers[q].update(positives)
         for doc, grade in zip(positives, grades or [1.0] * len(positives), strict=True):
             if doc not in self.positives[q]:
                 self.positives[q].append(doc)
                 self.grades[q].append(grade)
         self.own[q] += [doc for doc in dict.fromkeys(negatives) if doc not in self.own[q]]
 
+    def know(self, query: str, passages: Sequence[str]) -> None:
+        """Passages that answer a query, whether or not either is in the pool."""
+        self._known.append((query, passages))
+
     def close(self) -> None:
         """When all rows are there: an answer in one row is no negative by another."""
+        for query, passages in self._known:
+            q = self.queries.find(query)
+            if q is not None:
+                self.answers[q] |= {d for d in map(self.docs.find, passages) if d is not None}
+        self._known = []
         self.own = [
-            [doc for doc in own if doc not in positives]
-            for own, positives in zip(self.own, self.positives, strict=True)
+            [doc for doc in own if doc not in answers]
+            for own, answers in zip(self.own, self.answers, strict=True)
         ]
 
     def as_set(self) -> RetrievalSet:
@@ -120,6 +135,8 @@ def read_pool(c: PrepareConfig, source: Path) -> Pool:
             _read_rows(pool, read_source(c, source))
         if c.mine.corpus is not None:
             _add_corpus(pool, c)
+        if source != Path(c.data).expanduser():  # an earlier stage may have dropped rows
+            _add_known(pool, c, Path(c.data).expanduser())
     except ValueError as error:  # the readers name train.py's setting
         raise ValueError(str(error).replace("data.root", "data")) from error
     if not pool.queries.texts:
@@ -137,6 +154,7 @@ def _read_beir(pool: Pool, root: Path, split: str) -> None:
         if graded:
             positives = [pool.docs.number[d] for d, _ in graded]
             pool.add(query, query_id, positives, grades=[grade for _, grade in graded])
+    _add_known_beir(pool, root)
 
 
 def _add_corpus(pool: Pool, c: PrepareConfig) -> None:
@@ -147,9 +165,24 @@ def _add_corpus(pool: Pool, c: PrepareConfig) -> None:
             pool.docs.add(text, doc_id)
         return
     for e in read_source(c, path):
+        pool.know(e.query, e.positives)
         for texts, ids in ((e.positives, e.positive_ids), (e.negatives, e.negative_ids)):
             for n, text in enumerate(texts):
                 pool.docs.add(text, ids and ids[n])
+
+
+def _add_known(pool: Pool, c: PrepareConfig, data: Path) -> None:
+    """What the data themselves say, whatever the stages kept of them."""
+    for e in read_source(c, data):
+        pool.know(e.query, e.positives)
+
+
+def _add_known_beir(pool: Pool, root: Path) -> None:
+    """Answers by the judgements of any split."""
+    queries, docs = pool.queries.number, pool.docs.number
+    for query_id, doc_id in read_answers(root):
+        if query_id in queries and doc_id in docs:
+            pool.answers[queries[query_id]].add(docs[doc_id])
 
 
 def _read_rows(pool: Pool, examples: Iterable[Example]) -> None:

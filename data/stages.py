@@ -9,7 +9,7 @@ from conf.schema import PrepareConfig
 from data.cache import digest_of, path_digest
 from models.pretrained import resolve_base
 
-VERSION = 1  # raise it when the same input and settings would give another file
+VERSION = 2  # raise it when the same input and settings would give another file
 SECTIONS = {"split": "parts"}  # of PrepareConfig, where it has not the stage's name
 MODEL_KEYS = ("model", "reranker", "base", "tokenizer")  # settings that may name a hub id
 
@@ -23,6 +23,8 @@ def key_of(c: PrepareConfig, name: str, source: Path) -> str:
     settings = settings_of(c, name)
     named = {k: v for k, v in sorted(settings.items()) if isinstance(v, str) and v}
     named |= {k: str(resolve_base(v)) for k, v in named.items() if k in MODEL_KEYS}
+    if name == "mine":  # no known answer is a negative, though an earlier stage dropped its row
+        named["data"] = c.data
     contents = {k: path_digest(v) for k, v in named.items()}
     return digest_of(VERSION, name, path_digest(source), settings, contents)
 

@@ -184,8 +184,8 @@ def random_pairs(pairs: Sequence[Pair], seed: int) -> list[Pair]:
         drawn = hash_bytes(f"{seed}\0{p.query}\0{p.passage}".encode())
         answers = own[content_hash(p.query)]
         start = drawn % len(keys)
-        others = (k for k in (*keys[start:], *keys[:start]) if k not in answers)
-        other = next(others, None)
+        places = (keys[(start + n) % len(keys)] for n in range(len(keys)))
+        other = next((k for k in places if k not in answers), None)
         if other is not None:
             found[drawn] = replace(p, passage=passages[other])
     return [found[drawn] for drawn in sorted(found)]

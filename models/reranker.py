@@ -189,6 +189,15 @@ def is_reranker(base: str | Path) -> bool:
     return holds_reranker(folder, read_settings(folder))
 
 
+def check_judges(base: str | Path, setting: str, instead: str) -> None:
+    """Raise ValueError where `setting` names a model without a head: it would judge at random."""
+    if not is_reranker(base):
+        raise ValueError(
+            f"{setting} ({base}) is no cross-encoder: it has no trained head and would judge at"
+            f" random; name one (a run with task=rerank){instead}"
+        )
+
+
 def load_reranker(base: str | Path, c: ModelConfig | None = None) -> Reranker:
     """Cross-encoder of a model folder, run directory or hub id, float32.
 

@@ -213,6 +213,13 @@ def test_near_pairs_are_those_of_all_pairs_compared():
         assert set(earlier) <= set(every) and bool(earlier) == bool(every)
 
 
+def test_equal_pairs_are_dropped_however_many_share_a_query():
+    """A query is compared with its first partners alone; copies of later pairs lay beyond them."""
+    pairs = [pair("How much blood does the heart pump?", f"answer {n} of many") for n in range(60)]
+    dropped = near_duplicates([*pairs, *pairs], FilterConfig(near_duplicate=1.0))
+    assert list(dropped) == list(range(60, 120))
+
+
 def test_near_duplicates_are_dropped_against_pairs_that_stay():
     """A second pair on one passage stays, the same question on another passage too."""
     question = "How much blood does the heart pump through the body in a minute of rest?"

@@ -285,9 +285,11 @@ def beir(tmp_path) -> Path:
 
 @pytest.fixture
 def mine(tmp_path, tiny_base):
-    """mine(data, **settings of MineConfig) -> (report, rows)."""
+    """mine(data, **settings of MineConfig) -> (report, rows); source: what a stage made of data."""
 
-    def run(data: Path, *, seed: int = 0, columns=None, **settings) -> tuple[dict, list[dict]]:
+    def run(
+        data: Path, *, source: Path | None = None, seed: int = 0, columns=None, **settings
+    ) -> tuple[dict, list[dict]]:
         settings = {"model": str(tiny_base)} | NO_LIMITS | settings
         c = PrepareConfig(
             stages=["mine"], data=str(data), out=str(tmp_path), device="cpu", seed=seed,
@@ -295,7 +297,7 @@ def mine(tmp_path, tiny_base):
             columns=columns or {},
         )  # fmt: skip
         target = tmp_path / "mine.jsonl"
-        report = mine_file(c, data, target)
+        report = mine_file(c, source or data, target)
         return report, [json.loads(line) for line in target.read_text().splitlines()]
 
     return run
@@ -357,7 +359,41 @@ def test_own_negatives_stay_first_and_are_not_mined_again(tmp_path, mine):
         assert row["query_id"] == f"q{n}"  # made up: the place in a file is no id
     assert mined[3]["positive"] == ["answer 3", "answer 4"]
     _, mined = mine(path, keep_own=False, **settings)
-    assert all(len(row["negative"]) == 8 - len(row["positive"]) for row in mined)
+    # not kept, they are passages as others are: the hardest, often
+    assert all(len(set(row["negative"])) == 9 - len(row["positive"]) for row in mined)
+    assert all(m["source"] != "data" for row in mined for m in row["mined"])
+
+
+def test_answers_that_a_stage_dropped_or_another_split_has_are_no_negatives(beir, mine, tmp_path):
+    """A filter leaves a pair out for its length, not because the passage is no answer."""
+    whole, kept = tmp_path / "whole.jsonl", tmp_path / "filter.jsonl"
+    words = ("red fish", "blue bird", "old stone")
+    rows = [{"query": w, "positive": f"{w} {end}"} for w in words for end in ("one", "two")]
+    whole.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    kept.write_text("".join(json.dumps(row) + "\n" for row in rows[::2]))
+    answers = {(row["query"], row["positive"]) for row in rows}
+    limits = {"num_negatives": 60, "last_rank": 60, "near_duplicate": None, "fraction": None}
+    _, mined = mine(whole, source=kept, corpus=str(whole), **limits)
+    found = {(row["query"], text) for row in mined for text in row["negative"]}
+    assert found and not found & answers
+    assert all(len(row["negative"]) == 4 for row in mined)
+
+    query_id, doc_id = "q0", "d1"
+    train = (beir / "qrels" / "train.tsv").read_text()
+    assert f"{query_id}\t{doc_id}\t" not in train
+    _, before = mine(beir, **limits)
+    assert doc_id in next(r for r in before if r["query_id"] == query_id)["negative_ids"]
+    test = f"query-id\tcorpus-id\tscore\n{query_id}\t{doc_id}\t1\n"
+    (beir / "qrels" / "test.tsv").write_text(test)
+    _, after = mine(beir, **limits)
+    row = next(row for row in after if row["query_id"] == query_id)
+    assert doc_id not in row["negative_ids"] and doc_id not in row["positive_ids"]
+
+
+def test_a_model_without_a_head_is_no_judge(beir, mine, tiny_base):
+    """A fresh head vetoes at random, and its scores would be written as a teacher's."""
+    with pytest.raises(ValueError, match=r"mine.reranker \(.*\) is no cross-encoder"):
+        mine(beir, reranker=str(tiny_base))
 
 
 def test_nothing_found_is_a_result(beir, mine):
