@@ -68,7 +68,7 @@ class Pool:
     grades     of these, 1 where the data gives none
     own        negatives that the data gives it
     answers    all passages known to answer it: positives, and those of rows that an earlier stage
-               dropped, of other splits and of mine.corpus
+               dropped, of mine.corpus, and of a BEIR folder's other splits
     """
 
     def __init__(self) -> None:

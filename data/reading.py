@@ -50,8 +50,8 @@ from data.toy import TOY_VERSION, toy_examples
 log = logging.getLogger(__name__)
 
 INDEX_VERSION = 2  # raise it when the same files and settings would give another folder
-_ENDINGS = frozenset(".jsonl .ndjson .json .tsv .csv .parquet .arrow .gz".split())
 NO_POSITIVE = "all in train: no query has a positive"
+_ENDINGS = frozenset(".jsonl .ndjson .json .tsv .csv .parquet .arrow .gz".split())
 
 
 @dataclass

@@ -93,12 +93,14 @@ class Group:
         flat = torch.full((self.count * self.length,), _OUTSIDE)
         return flat.index_fill_(0, self.cell_t, 0.0).view(self.count, 1, 1, self.length)
 
-    def rectangle(self, x_T: Tensor) -> Tensor:
-        """The group's rows of x (T, ...) as (n, L, ...); padding repeats some token of its text. A
-        view where there is no padding."""
+    def rectangle(self, x_T: Tensor, *, copies: bool = False) -> Tensor:
+        """The group's rows of x (T, ...) as (n, L, ...); padding repeats some token of its text.
+        Without padding a view, unless it copies."""
         part_t = x_T[self.tokens]
         if self.cell_t is not None:
             part_t = part_t.index_select(0, self.row_c)
+        elif copies:
+            part_t = part_t.clone()
         return part_t.view(self.count, self.length, *x_T.shape[1:])
 
     def rectangle_of_zeros(self, x_T: Tensor) -> Tensor:
@@ -316,7 +318,7 @@ class GroupedAttention(torch.autograd.Function):
                 )
                 log_sums.append(log_sum)
             else:
-                q, k, v = _heads_first_copy(group.rectangle(qkv_T3HK))
+                q, k, v = _heads_first_copy(group, qkv_T3HK)
                 p = _probabilities(q, k, group, bias_HLL, half_window)
                 if drawn:
                     drop_(p, drawn.mask(p.shape, i))
@@ -353,7 +355,7 @@ class GroupedAttention(torch.autograd.Function):
                     attn_mask=_fused_mask(group, ctx.half_window, q.dtype),
                 )  # fmt: skip
             else:
-                q, k, v = _heads_first_copy(group.rectangle(qkv_T3HK))
+                q, k, v = _heads_first_copy(group, qkv_T3HK)
                 g = g.contiguous()
                 p = kept_p = _probabilities(q, k, group, bias_HLL, ctx.half_window)
                 if drawn:
@@ -380,12 +382,11 @@ def _heads_first(qkv_nL3HK: Tensor) -> Tensor:
     return qkv_nL3HK.permute(2, 0, 3, 1, 4)
 
 
-def _heads_first_copy(qkv_nL3HK: Tensor) -> Tensor:
-    """The same, contiguous, or each product would copy its factors. What is read from memory is
-    read in order: of a text's 3 x H pieces a row, each some rows apart, nothing is fetched ahead.
+def _heads_first_copy(group: Group, qkv_T3HK: Tensor) -> Tensor:
+    """The group's part so, contiguous, or each product would copy its factors. bf16 is read from
+    memory in order first: of a row's 3 x H short pieces, each by itself, nothing is fetched ahead.
     """
-    if qkv_nL3HK.dtype == torch.bfloat16:
-        qkv_nL3HK = qkv_nL3HK.clone()
+    qkv_nL3HK = group.rectangle(qkv_T3HK, copies=qkv_T3HK.dtype == torch.bfloat16)
     return _heads_first(qkv_nL3HK).contiguous()
 
 
