@@ -10,8 +10,8 @@ Shapes: P pairs.
 
 import logging
 import unicodedata
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import numpy as np
 
 from conf.schema import FilterConfig, PrepareConfig
 from data.languages import comparable, is_question, language_share, plain, script_share, words
-from data.records import content_hash
+from data.near import near_groups, shingle_set, similarity
 from data.rows import (
     Pair,
     keep_pairs,
@@ -30,7 +30,6 @@ from data.rows import (
     row_of,
     write_rows,
 )
-from data.splits import near_pairs, shingle_set, similarity
 
 log = logging.getLogger(__name__)
 
@@ -176,31 +175,34 @@ RULES: dict[str, Callable[[Pair, FilterConfig], str | None]] = {
 
 
 def near_duplicates(pairs: Sequence[Pair], c: FilterConfig) -> dict[int, str]:
-    """Pairs near an earlier one that stays: number -> why. What "near" means: data/splits.py."""
+    """Pairs near an earlier one that stays: number -> why. What "near" means: data/near.py."""
     queries = [pair.query for pair in pairs]
-    nobody: list[list[int]] = [[] for _ in pairs]
-    near_both, near_query = nobody, nobody
-    if c.near_duplicate is not None:
-        near_both = near_pairs(queries, c.near_duplicate)
-        for p, earlier in enumerate(near_both):
-            if earlier:
-                own = shingle_set(pairs[p].passage)
-                others = [(e, shingle_set(pairs[e].passage)) for e in earlier]
-                near_both[p] = [e for e, x in others if similarity(own, x) >= c.near_duplicate]
-        # near_pairs compares a query with its first partners only; an equal pair is always found
-        first_of: dict[tuple[int, int], int] = {}
-        for p, pair in enumerate(pairs):
-            key = content_hash(pair.query), content_hash(pair.passage)
-            if first_of.setdefault(key, p) != p:
-                near_both[p] = [first_of[key], *near_both[p]]
-    if c.near_query is not None:
-        near_query = near_pairs(queries, c.near_query)
+    asked = [
+        (what, least, *near_groups(queries, least))
+        for what, least in (("query and passage", c.near_duplicate), ("query", c.near_query))
+        if least is not None
+    ]
+    passage = lru_cache(maxsize=1 << 14)(lambda p: shingle_set(pairs[p].passage))
+
+    def first_near(p: int, what: str, least: float, earlier: Iterable[int]) -> int | None:
+        if what == "query":
+            return min(earlier, default=None)
+        near = (e for e in sorted(earlier) if similarity(passage(e), passage(p)) >= least)
+        return next(near, None)
+
     dropped: dict[int, str] = {}
+    stays: dict[int, list[int]] = {}  # group of queries -> its pairs that stay
     for p in range(len(pairs)):
-        for what, earlier in (("query and passage", near_both[p]), ("query", near_query[p])):
-            first = next((e for e in earlier if e not in dropped), None)
+        for what, least, group_P, near_G in asked:
+            groups = (group_P[p], *near_G[group_P[p]])
+            earlier = (e for group in groups for e in stays.get(group, ()))
+            first = first_near(p, what, least, earlier)
             if first is not None:
-                dropped.setdefault(p, f"{what} nearly as in: {queries[first][:200]!r}")
+                dropped[p] = f"{what} nearly as in: {queries[first][:200]!r}"
+                break
+        else:
+            for _, _, group_P, _ in asked[:1]:  # the same groups at any threshold
+                stays.setdefault(group_P[p], []).append(p)
     return dropped
 
 

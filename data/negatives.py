@@ -26,10 +26,10 @@ import torch
 from conf.schema import MineConfig, PrepareConfig
 from data.cache import digest_of
 from data.candidates import Bm25Source, CandidateSource, ModelSource, RunSource
+from data.near import shingle_set, similarity
 from data.pool import Pool, read_pool
 from data.records import content_hash
 from data.rows import write_rows
-from data.splits import shingle_set, similarity
 from data.teacher import Encoder
 from data.veto import Veto
 from models.pretrained import resolve_base

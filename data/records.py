@@ -17,6 +17,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
+import numpy as np
+
 log = logging.getLogger(__name__)
 
 
@@ -150,6 +152,15 @@ def hash_bytes(data: bytes) -> int:
 def content_hash(text: str) -> int:
     """63-bit hash of normalise(text): equal for the same text in any process."""
     return hash_bytes(normalise(text).encode("utf-8"))
+
+
+def mix(key_n: np.ndarray, seed: int) -> np.ndarray:
+    """Seeded uint64 hash of each key: splitmix64 (Steele et al. 2014), the same anywhere."""
+    salt = int.from_bytes(blake2b(str(seed).encode(), digest_size=8).digest(), "little")
+    x = key_n.astype(np.uint64) ^ np.uint64(salt)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
 
 
 class HashIndex:

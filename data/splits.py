@@ -6,10 +6,9 @@ into one component); the leakage report counts them.
 """
 
 # Shapes: R rows, E (row, text) incidences, T distinct texts, N rows and texts, C components,
-# S shingles of a text, H minhashes
+# S shingles, H minhashes
 
 import logging
-import re
 from array import array
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -21,7 +20,8 @@ import numpy as np
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
-from data.records import Example, content_hash, normalise
+from data.near import PREFIX, SHINGLE, shingle_set, shingles, similarity
+from data.records import Example, content_hash, mix
 
 log = logging.getLogger(__name__)
 
@@ -113,7 +113,7 @@ def split_by_components(
         raise ValueError("cannot split 0 rows; expected examples")
     key_R = component_keys(row_E, text_E, num_rows=num_rows)
     key_C, label_R, size_C = np.unique(key_R, return_inverse=True, return_counts=True)
-    order_C = np.lexsort((key_C, _mix(key_C, seed)))
+    order_C = np.lexsort((key_C, mix(key_C, seed)))
     wanted = {
         name: max(1, round(fraction * num_rows)) if fraction else 0
         for name, fraction in (("test", test_fraction), ("dev", dev_fraction))
@@ -177,15 +177,6 @@ def split_examples(
     )
 
 
-def _mix(key_C: np.ndarray, seed: int) -> np.ndarray:
-    """Seeded uint64 hash of each key: splitmix64 (Steele et al. 2014), the same anywhere."""
-    salt = int.from_bytes(blake2b(str(seed).encode(), digest_size=8).digest(), "little")
-    x = key_C.astype(np.uint64) ^ np.uint64(salt)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
-
-
 def _digest(key_C: np.ndarray, split_C: np.ndarray) -> str:
     """Hex digest of the split itself, equal for equal splits in any order of rows."""
     return blake2b(key_C.astype("<i8").tobytes() + split_C.tobytes(), digest_size=8).hexdigest()
@@ -197,9 +188,6 @@ NUM_HASHES = 64
 ROWS_A_BAND = (
     4  # 16 bands of 4: a pair at similarity .8 is missed with probability 2e-4, at .9 below 1e-7
 )
-SHINGLE = 5  # characters
-PREFIX = 1000  # letters and digits compared
-_NO_LETTER = re.compile(r"[\W_]+")
 MAX_PARTNERS = 20  # candidates checked for a text and band: bounds the cost of boilerplate
 
 
@@ -330,38 +318,6 @@ def _shown(
     }
 
 
-def _shingles(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    """(hash_S, start): uint32 hashes of all 5-character windows, text by text, and each start.
-
-    Of letters and digits alone, case left out; a text with fewer than 5 of them has one window.
-    """
-    folded = []
-    for text in texts:
-        plain = _NO_LETTER.sub("", normalise(text).casefold())[:PREFIX]
-        folded.append((plain or text[:SHINGLE]).ljust(SHINGLE, "\0"))
-    codes = np.frombuffer("".join(folded).encode("utf-32-le"), dtype="<u4").astype(np.uint64)
-    hashes = np.zeros(len(codes) - SHINGLE + 1, dtype=np.uint64)
-    for i in range(SHINGLE):
-        hashes = hashes * np.uint64(0x100000001B3) + codes[i : i + len(hashes)]
-    length = np.array([len(f) for f in folded])
-    place = np.arange(len(hashes)) - np.repeat(length.cumsum() - length, length)[: len(hashes)]
-    is_inside = place <= np.repeat(length, length)[: len(hashes)] - SHINGLE
-    count = length - SHINGLE + 1
-    mixed = _mix(hashes[is_inside], 0) >> np.uint64(32)
-    return mixed.astype(np.uint32), count.cumsum() - count
-
-
-def shingle_set(text: str) -> np.ndarray:
-    """Sorted distinct shingles of a text, for similarity()."""
-    return np.unique(_shingles([text])[0])
-
-
-def similarity(one: np.ndarray, other: np.ndarray) -> float:
-    """Jaccard similarity of two shingle sets, in [0, 1]."""
-    both = len(np.intersect1d(one, other, assume_unique=True))
-    return both / (len(one) + len(other) - both)
-
-
 def _sketch(texts: dict[int, str]) -> dict[str, np.ndarray]:
     """Keys of the texts in rising order, and their minhashes, (texts, NUM_HASHES) uint32."""
     rng = np.random.default_rng(0x5EED)
@@ -371,7 +327,7 @@ def _sketch(texts: dict[int, str]) -> dict[str, np.ndarray]:
     minimum = np.empty((len(keys), NUM_HASHES), dtype=np.uint32)
     for begin in range(0, len(keys), 256):  # some hundred thousand shingles at once
         chunk = keys[begin : begin + 256]
-        hash_S, start = _shingles([texts[k] for k in chunk])
+        hash_S, start = shingles([texts[k] for k in chunk])
         for i in range(NUM_HASHES):
             permuted = (hash_S ^ salts[i]) * factors[i]
             minimum[begin : begin + len(chunk), i] = np.minimum.reduceat(permuted, start)
@@ -412,43 +368,13 @@ def _near(
         agree = (sketch_a["minimum"][partners] == sketch_b["minimum"][j]).mean(axis=1)
         # four standard deviations of the estimate below the threshold is not worth an exact look
         partners = partners[agree >= threshold - 0.2]
-        shingles = shingle_set(b.text[g])
+        own = shingle_set(b.text[g])
         best, best_key = 0.0, 0
         for i in partners.tolist():
             h = int(sketch_a["keys"][i])
-            found = similarity(shingles, shingle_set(a.text[h]))
+            found = similarity(own, shingle_set(a.text[h]))
             if found > best:
                 best, best_key = found, h
         if best >= threshold:
             near.append((best_key, g, best))
     return sorted(near, key=lambda n: (-n[2], n[1]))
-
-
-def near_pairs(texts: list[str], threshold: float) -> list[list[int]]:
-    """For each text the numbers of earlier ones that are near duplicates of it (or equal to it).
-
-    threshold  least Jaccard similarity, in (0, 1]
-    As in leakage_report: MinHash finds them, the shingles decide. Of many equal texts each is
-    compared with the first 20.
-    """
-    minimum = _sketch(dict(enumerate(texts)))["minimum"]
-    candidates: list[set[int]] = [set() for _ in texts]
-    for band in range(NUM_HASHES // ROWS_A_BAND):
-        first: dict[int, list[int]] = {}
-        for j, value in enumerate(_band(minimum, band).tolist()):
-            partners = first.setdefault(value, [])
-            candidates[j].update(partners)
-            if len(partners) < MAX_PARTNERS:
-                partners.append(j)
-    near: list[list[int]] = []
-    for j, partners in enumerate(candidates):
-        shingles = shingle_set(texts[j]) if partners else None
-        near.append(
-            [
-                i
-                for i in sorted(partners)
-                if (minimum[i] == minimum[j]).mean() >= threshold - 0.2
-                and similarity(shingles, shingle_set(texts[i])) >= threshold
-            ]
-        )
-    return near

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from conf.schema import FilterConfig, PartsConfig, PrepareConfig, TripletsConfig
-from data import filters
+from data import filters, near
 from data.filters import (
     RULES,
     dissimilar,
@@ -20,8 +20,8 @@ from data.filters import (
 )
 from data.formats import SourceConfig, read_examples
 from data.languages import comparable, is_question, language_share, script_share, words
+from data.near import near_groups, shingle_set, similarity
 from data.rows import Pair
-from data.splits import near_pairs, shingle_set, similarity
 from data.triplets import split_file, triplets_file
 
 DATASETS = Path(os.environ.get("DATASETS_DIR", Path(__file__).parents[3] / "shared/datasets"))
@@ -196,28 +196,63 @@ def test_settings_that_cannot_be_meant_are_errors(settings, message):
 SENTENCE = "The heart pumps blood through the vessels of the body at every moment of the day."
 
 
-def test_near_pairs_are_those_of_all_pairs_compared():
-    """MinHash proposes, the shingles decide: against every pair compared (brute force)."""
+@pytest.mark.parametrize("threshold", [0.1, 0.3, 0.5, 0.8, 1.0])
+def test_near_texts_are_those_of_all_pairs_compared(threshold, monkeypatch):
+    """Rare shingles propose, sets decide: against every pair compared. A text whose only match
+    shares few, common ones is what a prefix that is one too short leaves out."""
+    monkeypatch.setattr(near, "COMMON", 0)
+    monkeypatch.setattr(near, "BLOCK_TEXTS", 16)
     rng = np.random.default_rng(3)
     texts = []
-    for n in range(40):
+    for n in range(120):
         letters = list(SENTENCE if n % 3 else f"{SENTENCE} {SENTENCE[::-1]}")
-        for at in rng.integers(0, len(letters), n % 5):
+        for at in rng.integers(0, len(letters), n % 40):
             letters[at] = "xyz"[at % 3]
-        texts.append("".join(letters))
-    found = near_pairs(texts, 0.8)
-    shingles = [shingle_set(t) for t in texts]
-    for j, earlier in enumerate(found):
-        every = [i for i in range(j) if similarity(shingles[i], shingles[j]) >= 0.8]
-        # of many near ones 20 a band are looked at; none is missed where there is one
-        assert set(earlier) <= set(every) and bool(earlier) == bool(every)
+        texts.append("".join(letters)[n % 7 : 40 + n])
+    # two of three windows shared, the rarest not: .5 exactly
+    texts += ["", "?", "!!", *texts[:5], texts[7].upper(), "abcdefg", "bcdefgh"]
+    group_P, near_G = near_groups(texts, threshold)
+    sets = [set(shingle_set(t).tolist()) for t in texts]
+    num_near = 0
+    for i, one in enumerate(sets):
+        for j, other in enumerate(sets[:i]):
+            is_near = len(one & other) / len(one | other) >= threshold
+            num_near += is_near and one != other
+            assert (group_P[i] == group_P[j]) == (one == other)
+            assert (group_P[j] in (group_P[i], *near_G[group_P[i]])) == is_near
+            assert (group_P[i] in (group_P[j], *near_G[group_P[j]])) == is_near
+    assert num_near > 10 or threshold == 1.0
 
 
 def test_equal_pairs_are_dropped_however_many_share_a_query():
-    """A query is compared with its first partners alone; copies of later pairs lay beyond them."""
+    """Copies of later pairs of one query lay beyond the first partners that were compared once."""
     pairs = [pair("How much blood does the heart pump?", f"answer {n} of many") for n in range(60)]
     dropped = near_duplicates([*pairs, *pairs], FilterConfig(near_duplicate=1.0))
     assert list(dropped) == list(range(60, 120))
+
+
+@pytest.mark.parametrize("near_query", [None, 0.6])
+def test_near_duplicates_against_a_plain_loop(near_query):
+    """Low limits, where a sketch of the texts found half of the pairs."""
+    rng = np.random.default_rng(5)
+    told = ["".join(rng.choice(list("abcdefgh"), 5).tolist()) for _ in range(24)]
+    pairs = [
+        pair(*(" ".join(told[low : low + 4 + n % 5]) for low in rng.integers(0, 20, 2).tolist()))
+        for n in range(150)
+    ]
+    c = FilterConfig(near_duplicate=0.3, near_query=near_query)
+    dropped: set[int] = set()
+    sets = [[set(shingle_set(t).tolist()) for t in (p.query, p.passage)] for p in pairs]
+    for i, (query, passage) in enumerate(sets):
+        for other_query, other_passage in (sets[e] for e in range(i) if e not in dropped):
+            by_query, by_passage = (
+                len(a & b) / len(a | b) for a, b in ((query, other_query), (passage, other_passage))
+            )
+            if min(by_query, by_passage) >= 0.3 or by_query >= (near_query or 2):
+                dropped.add(i)
+                break
+    assert 20 < len(dropped) < 130
+    assert set(near_duplicates(pairs, c)) == dropped
 
 
 def test_near_duplicates_are_dropped_against_pairs_that_stay():
