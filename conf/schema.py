@@ -563,7 +563,8 @@ class MineConfig:
     choice: str = "top"  # top | sample (seeded, each candidate equally likely)
     keep_own: bool = True  # the data's own negatives come first, beside the mined ones
     reranker: str | None = None  # cross-encoder: its scores are written beside the passages, ...
-    veto_above: float | None = 0.5  # ... and a negative of a higher probability is left out
+    # ... and a negative of a higher probability is left out, the data's own included
+    veto_above: float | None = 0.5
 
     def __post_init__(self) -> None:
         for name in self.sources:

@@ -389,6 +389,7 @@ def read_row(
         positive_scores=positive_scores,
         negative_scores=negative_scores,
         positive_grades=grades,
+        mined=_mined(row.get("mined"), len(negatives)),
     )
     return example if layout.label is None else _by_label(example, row, layout.label)
 
@@ -413,6 +414,7 @@ def _by_label(passages: Example, row: dict[str, Any], column: str) -> Example:
         positive_scores=chosen(passages.positive_scores, True),
         negative_scores=chosen(passages.positive_scores, False),
         positive_grades=chosen(labels, True),
+        mined=None,
     )
 
 
@@ -455,6 +457,16 @@ def _passage_object(item: dict[str, Any], name: str) -> tuple[Any, str | None]:
         (item[key] for key in ("docid", "doc_id", "_id", "id") if item.get(key) is not None), None
     )
     return text, as_id(given) if given is not None else None
+
+
+def _mined(value: Any, wanted: int) -> list[dict[str, Any]] | None:
+    """What data.negatives wrote; anything else of that name is a column like others."""
+    is_ours = (
+        isinstance(value, list)
+        and len(value) == wanted
+        and all(isinstance(entry, dict) and "source" in entry for entry in value)
+    )
+    return value if is_ours else None
 
 
 def _ids(row: dict[str, Any], name: str, wanted: int) -> list[str] | None:

@@ -69,6 +69,12 @@ class Mined:
     counts: Counter
     examples: dict[str, list[str]]
 
+    def drop(self, reason: str, pool: Pool, q: int, doc: int) -> None:
+        self.counts[reason] += 1
+        shown = self.examples.setdefault(reason, [])
+        if len(shown) < EXAMPLES_SHOWN:
+            shown.append(f"{pool.queries.texts[q][:200]!r}: {pool.docs.texts[doc][:300]!r}")
+
 
 # ----------------------------------------------------------------------------------------- choosing
 
@@ -195,14 +201,6 @@ def _take(
     """
     shingles = lru_cache(maxsize=1 << 14)(lambda doc: shingle_set(pool.docs.texts[doc]))
 
-    def drop(reason: str, q: int, negative: Negative) -> None:
-        mined.counts[reason] += 1
-        shown = mined.examples.setdefault(reason, [])
-        if len(shown) < EXAMPLES_SHOWN:
-            shown.append(
-                f"{pool.queries.texts[q][:200]!r}: {pool.docs.texts[negative.doc][:300]!r}"
-            )
-
     def is_near_answer(q: int, doc: int) -> bool:
         return c.near_duplicate is not None and any(
             similarity(shingles(doc), shingles(p)) >= c.near_duplicate for p in pool.positives[q]
@@ -217,7 +215,7 @@ def _take(
                 negative = queue[place[q]]
                 place[q] += 1
                 if is_near_answer(q, negative.doc):
-                    drop("nearly a positive", q, negative)
+                    mined.drop("nearly a positive", pool, q, negative.doc)
                 else:
                     asked.append((q, negative))
                     wanted -= 1
@@ -231,7 +229,7 @@ def _take(
                 negative.scores["reranker"] = score
         for (q, negative), vetoed in zip(asked, is_answer, strict=True):
             if vetoed:
-                drop("vetoed", q, negative)
+                mined.drop("vetoed", pool, q, negative.doc)
             else:
                 mined.negatives[q].append(negative)
     for some in mined.negatives:  # a sample too: hardest first
@@ -269,7 +267,8 @@ def mine_file(c: PrepareConfig, source: Path, target: Path) -> dict[str, Any]:
     mined = choose(pool, sources, c.mine, seed=c.seed, judge=judge, veto=veto)
     settings = {**asdict(c.mine), "seed": c.seed, "split": c.split}
     digests["settings"] = digest_of(settings)[:12]
-    rows = _rows(pool, mined, digests, keep_own=c.mine.keep_own, veto=veto)
+    own = own_negatives(pool, c.mine, mined, veto)
+    rows = _rows(pool, own, mined, digests, veto)
     num_rows = write_rows(target, rows)
     counts = {"passages": len(pool.docs.texts), **mined.counts}
     log.info("mine: %s", "; ".join(f"{what} {n:,}" for what, n in counts.items()))
@@ -305,15 +304,41 @@ def _open_sources(
     return opened, model, digests
 
 
+def own_negatives(
+    pool: Pool, c: MineConfig, mined: Mined, veto: Veto | None
+) -> list[list[Negative]]:
+    """Of each query those of the data that stay, where the settings keep them: without those that
+    the veto takes for answers. Counted, and shown, in `mined`."""
+    own = [[Negative(doc) for doc in some if c.keep_own] for some in pool.own]
+    if sum(map(len, own)):
+        mined.counts["own negatives"] = sum(map(len, own))
+    if veto is None or c.veto_above is None:
+        return own
+    asked = [(q, n) for q, some in enumerate(own) for n in some]
+    score_P = veto.scores([(q, n.doc) for q, n in asked], "own negatives")
+    is_answer_P = veto.probability(score_P) > c.veto_above
+    stays: list[list[Negative]] = [[] for _ in own]
+    for (q, negative), score, vetoed in zip(
+        asked, score_P.tolist(), is_answer_P.tolist(), strict=True
+    ):
+        negative.scores["reranker"] = score
+        if vetoed:
+            mined.drop("own negatives vetoed", pool, q, negative.doc)
+        else:
+            stays[q].append(negative)
+    return stays
+
+
 def _rows(
-    pool: Pool, mined: Mined, digests: Mapping[str, str], *, keep_own: bool, veto: Veto | None
+    pool: Pool,
+    own: Sequence[list[Negative]],
+    mined: Mined,
+    digests: Mapping[str, str],
+    veto: Veto | None,
 ) -> Iterator[dict[str, Any]]:
     """JSONL rows that data.formats reads; "mined" is where each negative comes from, which it
     leaves unread. A reranker's scores are written as a teacher's."""
-    groups = [
-        [*(Negative(doc) for doc in own if keep_own), *some]
-        for own, some in zip(pool.own, mined.negatives, strict=True)
-    ]
+    groups = [[*first, *some] for first, some in zip(own, mined.negatives, strict=True)]
     scores: dict[tuple[int, int], float] = {}
     if veto is not None:
         pairs = [
@@ -324,7 +349,7 @@ def _rows(
         asked = {(q, n.doc): n.scores for q, some in enumerate(groups) for n in some}
         scores = {p: asked[p]["reranker"] for p in pairs if "reranker" in asked.get(p, ())}
         others = [p for p in pairs if p not in scores]
-        found = veto.scores(others, "positives and own negatives").tolist()
+        found = veto.scores(others, "other passages").tolist()
         scores |= dict(zip(others, found, strict=True))
     for q, some in enumerate(groups):
         positives, negatives = pool.positives[q], [n.doc for n in some]
@@ -341,15 +366,15 @@ def _rows(
         if veto is not None and negatives:  # a pair with a score below 0 alone would be no example
             row["positive_scores"] = [round(scores[q, d], 6) for d in positives]
             row["negative_scores"] = [round(scores[q, d], 6) for d in negatives]
-        row["mined"] = [_provenance(n, q, mined, digests) for n in some]
+        row["mined"] = [_provenance(pool, n, q, mined, digests) for n in some]
         yield row
 
 
 def _provenance(
-    negative: Negative, q: int, mined: Mined, digests: Mapping[str, str]
+    pool: Pool, negative: Negative, q: int, mined: Mined, digests: Mapping[str, str]
 ) -> dict[str, Any]:
     if negative.source == "data":
-        return {"source": "data"}
+        return pool.mined.get((q, negative.doc), {"source": "data"})
     lowest = {scale: round(some[q], 6) for scale, some in mined.positive_scores.items()}
     return {
         "source": negative.source,

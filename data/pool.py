@@ -7,6 +7,7 @@ two ids, must not become a negative under the second.
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from conf.schema import PrepareConfig, SourceConfig
 from data.beir import is_corpus, read_answers, read_beir, read_corpus
@@ -67,6 +68,7 @@ class Pool:
     positives  passages that answer it, as any row with an equal query has them
     grades     of these, 1 where the data gives none
     own        negatives that the data gives it
+    mined      of (query, negative): where an earlier stage found it
     answers    all passages known to answer it: positives, and those of rows that an earlier stage
                dropped, of mine.corpus, and of a BEIR folder's other splits
     """
@@ -78,6 +80,7 @@ class Pool:
         self.positives: list[list[int]] = []
         self.grades: list[list[float]] = []
         self.own: list[list[int]] = []
+        self.mined: dict[tuple[int, int], dict[str, Any]] = {}
 
     def add(
         self,
@@ -86,6 +89,7 @@ class Pool:
         positives: Sequence[int],
         negatives: Sequence[int] = (),
         grades: Sequence[float] | None = None,
+        mined: Sequence[dict[str, Any]] | None = None,
     ) -> None:
         """A row; passages by number."""
         q = self.queries.add(query, query_id)
@@ -99,6 +103,8 @@ class Pool:
                 self.positives[q].append(doc)
                 self.grades[q].append(grade)
         self.own[q] += [doc for doc in dict.fromkeys(negatives) if doc not in self.own[q]]
+        for doc, entry in zip(negatives, mined or (), strict=bool(mined)):
+            self.mined.setdefault((q, doc), entry)
 
     def know(self, query: str, passages: Sequence[str]) -> None:
         """Passages that answer a query, whether or not either is in the pool."""
@@ -195,4 +201,4 @@ def _read_rows(pool: Pool, examples: Iterable[Example]) -> None:
             )
         )
         query_id = None if e.id == e.where else e.id
-        pool.add(e.query, query_id, positives, negatives, e.positive_grades)
+        pool.add(e.query, query_id, positives, negatives, e.positive_grades, e.mined)

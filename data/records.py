@@ -32,6 +32,7 @@ class Example:
     positive_grades   how relevant each positive is, > 0; None: all 1. Read for rerankers, whose
                       *_scores are a teacher's, NaN where it has none; a group of theirs may have
                       no positive
+    mined        where each negative comes from, as data.negatives writes it
     dataset name of the set, filled by whoever mixes several
     """
 
@@ -46,6 +47,7 @@ class Example:
     negative_scores: list[float] | None = None
     dataset: str = ""
     positive_grades: list[float] | None = None
+    mined: list[dict[str, Any]] | None = None
 
 
 @dataclass

@@ -97,6 +97,7 @@ def row_of(example: Example) -> dict[str, Any]:
     row |= {"query": e.query, "positive": e.positives, "negative": e.negatives}
     for name in (
         "positive_ids", "negative_ids", "positive_scores", "negative_scores", "positive_grades",
+        "mined",
     ):  # fmt: skip
         if getattr(e, name) is not None:
             row[name] = getattr(e, name)

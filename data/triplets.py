@@ -49,7 +49,7 @@ def triplets_of(e: Example, max_negatives: int) -> list[Example]:
             positive_ids=only(e.positive_ids, p), negative_ids=only(e.negative_ids, n),
             positive_scores=only(e.positive_scores, p),
             negative_scores=only(e.negative_scores, n),
-            positive_grades=only(e.positive_grades, p),
+            positive_grades=only(e.positive_grades, p), mined=only(e.mined, n),
         )
         for p in range(len(e.positives))
         for n in range(min(max_negatives, len(e.negatives)))

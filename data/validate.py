@@ -126,6 +126,7 @@ def without_negatives(e: Example, keys: set[int]) -> Example:
         negatives=[e.negatives[i] for i in stays],
         negative_ids=e.negative_ids and [e.negative_ids[i] for i in stays],
         negative_scores=e.negative_scores and [e.negative_scores[i] for i in stays],
+        mined=e.mined and [e.mined[i] for i in stays],
     )
 
 

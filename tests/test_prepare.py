@@ -215,6 +215,32 @@ def test_scores_without_veto(config, reranker, tmp_path):
     assert len({s for row in mined for s in row["negative_scores"]}) > 50
 
 
+def test_own_negatives_are_vetoed_too(config, reranker, tmp_path, pairs):
+    """Against scores without a veto: an own negative that answers its query trains the reverse."""
+    rows = [json.loads(line) for line in pairs.read_text().splitlines()]
+    for n, row in enumerate(rows):
+        row["negative"] = [rows[(n + k) % 30]["positive"] for k in (1, 2, 3)]
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def mined(above: float | None, out: str) -> tuple[dict, list[dict]]:
+        settings = {"reranker": str(reranker), "veto_above": above, "num_negatives": 1}
+        report = prepare.prepare(config(mine=settings), tmp_path / out)["stages"]["mine"]
+        return report, [json.loads(x) for x in (tmp_path / out / "mine.jsonl").open()]
+
+    _, every = mined(None, "every")
+    middle = float(np.median([row["negative_scores"][:3] for row in every]))
+    report, kept = mined(float(1 / (1 + np.exp(-middle))), "kept")
+    num_own = 0
+    for before, after, row in zip(every, kept, rows, strict=True):
+        scores = zip(before["negative"][:3], before["negative_scores"][:3], strict=True)
+        expected = [text for text, score in scores if score <= middle]
+        own = [text for text in after["negative"] if text in row["negative"]]
+        assert own == expected
+        num_own += len(own)
+    assert 0 < num_own < 90 and report["counts"]["own negatives"] == 90
+    assert report["counts"]["own negatives vetoed"] == 90 - num_own
+
+
 # --------------------------------------------------------------------------------- the command line
 
 

@@ -19,6 +19,8 @@ from data.formats import read_examples
 from data.negatives import Negative, choose, limits, mine_file
 from data.pool import Pool, read_pool
 from data.records import BadRows, content_hash
+from data.rows import row_of
+from data.triplets import triplets_of
 from models.build import build_model
 from models.export import export
 
@@ -637,3 +639,24 @@ def test_provenance_of_the_datas_own_names_no_source():
     assert Negative(0).source == "data"
     assert Negative(0, {"bm25": 2, "model": 2}).source == "bm25"
     assert Negative(0, {"bm25": 3, "model": 2}).source == "model"
+
+
+def test_own_negatives_keep_their_provenance_through_stages(tmp_path, mine):
+    """What an earlier stage mined is "data" to the next one, and no more than that without a note;
+    a column of that name with other content is nobody's provenance."""
+    noted = {"source": "bm25", "ranks": {"bm25": 4}}
+    rows = [
+        {"query": "ask 0", "positive": "answer 0", "negative": ["answer 1"], "mined": [noted]},
+        {"query": "ask 1", "positive": "answer 1", "negative": ["answer 2"], "mined": True},
+        {"query": "ask 2", "positive": "answer 2", "negative": ["answer 0"]},
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    report, mined = mine(path, num_negatives=1)
+    assert [row["mined"][0] for row in mined] == [noted, {"source": "data"}, {"source": "data"}]
+    assert report["counts"]["own negatives"] == 3
+    examples = read_examples(SourceConfig(root=str(tmp_path / "mine.jsonl")), None)
+    for e, row in zip(examples, mined, strict=True):
+        triplets = triplets_of(e, 2)
+        assert [t.mined for t in triplets] == [[entry] for entry in row["mined"]]
+        assert [row_of(t)["mined"] for t in triplets] == [t.mined for t in triplets]
