@@ -573,6 +573,11 @@ class MineConfig:
             bool(self.sources) and len(set(self.sources)) == len(self.sources),
             f"mine.sources ({self.sources}) must name one or more of model, bm25, run, each once",
         )
+        _require(
+            self.run is None or "run" in self.sources,
+            f"mine.run ({self.run}) is not read: mine.sources ({self.sources}) has no run; add it,"
+            " e.g. 'mine.sources=[run]'",
+        )
         limits = [k for k in ("margin", "max_score", "min_score") if getattr(self, k) is not None]
         _require(
             len(self.sources) == 1 or self.model is not None or not limits,
@@ -650,6 +655,16 @@ class TrainConfig:
             not self.mine_every or not (is_rerank or self.loss.learns_scores),
             f"mine_every ({self.mine_every}) mines by a retriever's own embeddings; with"
             f" task={self.task} loss.kind={self.loss.kind} set it to 0",
+        )
+        unread = [
+            key
+            for key in ("sources", "model", "run", "corpus", "reranker")
+            if getattr(self.mine, key) != getattr(MineConfig(), key)
+        ]
+        _require(
+            not unread,
+            f"mine.{unread[0] if unread else ''} is not read by train.py, where the model mines by"
+            " itself among the training passages (mine_every); mine with prepare.py instead",
         )
         for key in ("random_negatives", "curriculum"):
             value = getattr(self.data, key)

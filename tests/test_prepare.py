@@ -130,6 +130,7 @@ def test_a_stage_is_done_again_when_its_model_was_retrained(config, calls, tmp_p
         ({"stages": ["mine", "mine"]}, "each once"),
         ({"data": "nowhere.jsonl"}, "data=nowhere.jsonl: no such file or folder"),
         ({"mine": {"sources": ["model"]}}, r"mine\.model is not set"),
+        ({"mine": {"run": "a.trec"}}, r"mine\.run \(a\.trec\) is not read"),
         ({"mine": {"sources": ["model"], "model": "no/such/model/folder"}}, "no such folder"),
         ({"columns": {"query": "frage"}}, "'frage'.*columns.query"),
     ],

@@ -126,3 +126,10 @@ def test_a_store_with_other_negatives_draws_the_same_examples(opened):
     assert fresh.num_steps(c.optim) == store.num_steps(c.optim)
     texts = by_text(fresh, [one.negatives for one in fresh.sets])
     assert texts == by_text(store, mined) != by_text(store, [s.negatives for s in store.sets])
+
+
+@pytest.mark.parametrize("setting", [{"reranker": "x"}, {"sources": ["bm25"]}, {"corpus": "x"}])
+def test_settings_that_only_prepare_reads_are_refused(setting):
+    """Even the name of the run said that a reranker vetoed, and none did."""
+    with pytest.raises(ValueError, match=rf"mine\.{next(iter(setting))} is not read by train\.py"):
+        TrainConfig(mine=MineConfig(**setting), mine_every=5)
