@@ -90,6 +90,10 @@ def prepare(c: "PrepareConfig", out: Path) -> dict[str, Any]:
     out.mkdir(parents=True, exist_ok=True)
     report = {"data": c.data, "stages": {}}
     finished = finished_stages(out)
+
+    def save() -> None:  # with the stages of earlier commands, so that they need not be done again
+        write_json_atomic(out / "report.json", {**report, "stages": finished | report["stages"]})
+
     source = Path(c.data).expanduser()
     for name in c.stages:
         target = out / f"{name}.jsonl"
@@ -108,10 +112,9 @@ def prepare(c: "PrepareConfig", out: Path) -> dict[str, Any]:
                 **part,
                 "time.wall_s": round(time.perf_counter() - began, 1),
             }
-            # after each stage: what is done need not be done again
-            write_json_atomic(out / "report.json", report)
+            save()
         source = target
-    write_json_atomic(out / "report.json", report)
+    save()
     write_text_atomic(out / "report.md", report_text(report))
     print(report_text(report))
     return report

@@ -603,6 +603,11 @@ class MineConfig:
             f"mine.min_score ({self.min_score}) must be <= mine.max_score ({self.max_score})",
         )
         _require(
+            self.reranker is not None or self.veto_above in (None, type(self).veto_above),
+            f"mine.veto_above ({self.veto_above}) is not read without"
+            " mine.reranker=<cross-encoder>",
+        )
+        _require(
             self.veto_above is None or 0 <= self.veto_above <= 1,
             f"mine.veto_above ({self.veto_above}) is a probability, in [0, 1]; null: no veto",
         )
@@ -819,6 +824,12 @@ class FilterConfig:
         _require(
             self.tokenizer is not None or not (self.query_tokens or self.passage_tokens),
             "filter.query_tokens and filter.passage_tokens need filter.tokenizer=<model>",
+        )
+        _require(
+            self.reranker is not None or self.min_probability == type(self).min_probability,
+            f"filter.min_probability ({self.min_probability}) is not read without"
+            " filter.reranker=<cross-encoder>; the limit of stage validate is"
+            " validate.min_probability",
         )
         _one_of("filter.question", self.question, ("any", "only", "never"))
         if self.language is not None:

@@ -72,6 +72,7 @@ def test_stages_hand_files_on_and_are_done_once(config, calls, tmp_path, pairs, 
     assert prepare.prepare(c, out) == report and calls == ["mine", "again"]
     third = prepare.prepare(config(stages=["mine"]), out)  # fewer stages: the same file
     assert calls == ["mine", "again"] and list(third["stages"]) == ["mine"]
+    assert prepare.prepare(c, out) == report and calls == ["mine", "again"]  # not forgotten
     read = list(read_examples(SourceConfig(root=str(out / "mine.jsonl")), None))
     assert len(read) == 30 and all(len(e.negatives) == 3 for e in read)
 
@@ -130,6 +131,7 @@ def test_a_stage_is_done_again_when_its_model_was_retrained(config, calls, tmp_p
         ({"stages": ["mine", "mine"]}, "each once"),
         ({"data": "nowhere.jsonl"}, "data=nowhere.jsonl: no such file or folder"),
         ({"mine": {"sources": ["model"]}}, r"mine\.model is not set"),
+        ({"mine": {"veto_above": 0.4}}, r"mine\.veto_above \(0\.4\) is not read"),
         ({"mine": {"run": "a.trec"}}, r"mine\.run \(a\.trec\) is not read"),
         ({"mine": {"sources": ["model"], "model": "no/such/model/folder"}}, "no such folder"),
         ({"columns": {"query": "frage"}}, "'frage'.*columns.query"),

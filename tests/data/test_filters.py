@@ -183,6 +183,7 @@ def test_rules_keep_what_is_on_the_bound_or_allowed(rule, some, settings):
         ({"near_duplicate": 0.0}, r"filter.near_duplicate \(0.0\) must be in \(0, 1\]"),
         ({"min_similarity": 0.5}, "filter.min_similarity needs filter.model"),
         ({"query_tokens": [1, 9]}, "need filter.tokenizer"),
+        ({"min_probability": 0.5}, r"filter\.min_probability \(0\.5\) is not read"),
         ({"language": "de"}, r"filter.language \('de'\) must be one of en, tr, ar, fa"),
     ],
 )

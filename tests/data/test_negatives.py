@@ -241,7 +241,9 @@ def test_veto_in_rounds_gives_what_judging_everything_gives(grid, choice):
     of asking about all."""
     pool, source, _ = grid
     probability_N = np.random.default_rng(1).random(90)
-    c = MineConfig(**NO_LIMITS, choice=choice, num_negatives=4, last_rank=20, veto_above=0.4)
+    c = MineConfig(
+        **NO_LIMITS, choice=choice, num_negatives=4, last_rank=20, veto_above=0.4, reranker="x"
+    )
     veto = Judge(probability_N)
     mined = choose(pool, {"model": source}, c, seed=0, judge=source, veto=veto)
     everything = MineConfig(**NO_LIMITS, choice=choice, num_negatives=20, last_rank=20)
