@@ -236,6 +236,10 @@ def filter_file(c: PrepareConfig, source: Path, target: Path) -> dict[str, Any]:
     Raises ValueError for anything wrong with the data or the models, and where nothing is left.
     """
     f = c.filter
+    if f.reranker is not None:
+        from models.reranker import check_judges
+
+        check_judges(f.reranker, "filter.reranker", ", or filter.model for a retriever")
     examples = read_source(c, source)
     answers = read_answers(examples, f.answer_column) if f.answer_column else None
     pairs = pairs_of(examples, answers)
@@ -327,10 +331,9 @@ def _embedder(c: PrepareConfig) -> Callable[[list[Pair]], tuple[np.ndarray, np.n
 
 def _unlikely(pairs: list[Pair], c: PrepareConfig) -> dict[int, str]:
     """Pairs that filter.reranker gives a probability below filter.min_probability."""
-    from models.reranker import check_judges, load_reranker
+    from models.reranker import load_reranker
     from runtime.device import pick_device
 
-    check_judges(str(c.filter.reranker), "filter.reranker", ", or filter.model for a retriever")
     reranker = load_reranker(str(c.filter.reranker)).to(pick_device(c.device))
     probability_P = pair_probabilities(reranker, pairs, c, "filter: cross-encoder")
     least = c.filter.min_probability

@@ -493,3 +493,10 @@ def test_split_parts_share_no_query_and_no_positive(tmp_path):
     assert not (tmp_path / "split/test.jsonl").exists()
     assert report["leakage"]["pairs"]["train/dev"]["exact_queries"] == 0
     assert [r["split"] for r in read(tmp_path / "split.jsonl")].count("dev") == 6
+
+
+def test_a_bare_encoder_is_no_cross_encoder(tmp_path, tiny_base):
+    """Its head would be drawn at random. Said before the data are read."""
+    source = tmp_path / "nowhere.jsonl"
+    with pytest.raises(ValueError, match=r"filter\.reranker"):
+        filter_file(settings(tmp_path, source, reranker=str(tiny_base)), source, tmp_path / "out")
