@@ -19,7 +19,7 @@ import numpy as np
 
 from conf.schema import FilterConfig, PrepareConfig
 from data.languages import comparable, is_question, language_share, plain, script_share, words
-from data.near import near_groups, shingle_set, similarity
+from data.near import grouped, near_sets, shingle_set, similarity
 from data.rows import (
     Pair,
     keep_pairs,
@@ -177,8 +177,9 @@ RULES: dict[str, Callable[[Pair, FilterConfig], str | None]] = {
 def near_duplicates(pairs: Sequence[Pair], c: FilterConfig) -> dict[int, str]:
     """Pairs near an earlier one that stays: number -> why. What "near" means: data/near.py."""
     queries = [pair.query for pair in pairs]
+    group_P, sets = grouped(queries)
     asked = [
-        (what, least, *near_groups(queries, least))
+        (what, least, near_sets(sets, least))
         for what, least in (("query and passage", c.near_duplicate), ("query", c.near_query))
         if least is not None
     ]
@@ -193,7 +194,7 @@ def near_duplicates(pairs: Sequence[Pair], c: FilterConfig) -> dict[int, str]:
     dropped: dict[int, str] = {}
     stays: dict[int, list[int]] = {}  # group of queries -> its pairs that stay
     for p in range(len(pairs)):
-        for what, least, group_P, near_G in asked:
+        for what, least, near_G in asked:
             groups = (group_P[p], *near_G[group_P[p]])
             earlier = (e for group in groups for e in stays.get(group, ()))
             first = first_near(p, what, least, earlier)
@@ -201,8 +202,7 @@ def near_duplicates(pairs: Sequence[Pair], c: FilterConfig) -> dict[int, str]:
                 dropped[p] = f"{what} nearly as in: {queries[first][:200]!r}"
                 break
         else:
-            for _, _, group_P, _ in asked[:1]:  # the same groups at any threshold
-                stays.setdefault(group_P[p], []).append(p)
+            stays.setdefault(group_P[p], []).append(p)
     return dropped
 
 

@@ -54,16 +54,9 @@ def similarity(one: np.ndarray, other: np.ndarray) -> float:
     return both / (len(one) + len(other) - both)
 
 
-def near_groups(texts: list[str], threshold: float) -> tuple[list[int], list[list[int]]]:
-    """(group of each text, the other groups near each group in rising order).
-
-    threshold  least similarity, in (0, 1]
-    Texts with the same shingles are one group, numbered in order of appearance. All near groups are
-    found: of similar sets each has one of the other's shingles among its rarest |set| -
-    ceil(threshold |set|) + 1 (the prefix filter of Chaudhuri et al. 2006), so sparse products of
-    those with all sets leave out no pair, and what they leave is compared exactly. A low threshold
-    takes longer.
-    """
+def grouped(texts: list[str]) -> tuple[list[int], list[np.ndarray]]:
+    """(group of each text, each group's shingle set): texts with the same shingles are one group,
+    numbered in order of appearance."""
     group_of: dict[bytes, int] = {}
     groups, sets = [], []
     for text in texts:
@@ -72,9 +65,21 @@ def near_groups(texts: list[str], threshold: float) -> tuple[list[int], list[lis
         if group == len(sets):
             sets.append(found_S)
         groups.append(group)
+    return groups, sets
+
+
+def near_sets(sets: list[np.ndarray], threshold: float) -> list[list[int]]:
+    """For each of some distinct shingle sets the numbers of the others that are near it.
+
+    threshold  least similarity, in (0, 1]
+    All are found: of similar sets each has one of the other's shingles among its rarest |set| -
+    ceil(threshold |set|) + 1 (the prefix filter of Chaudhuri et al. 2006), so sparse products of
+    those with all sets leave out no pair, and what they leave is compared exactly. A low threshold
+    takes longer.
+    """
     near: list[list[int]] = [[] for _ in sets]
     if len(sets) < 2:
-        return groups, near
+        return near
     size_G = np.array([len(s) for s in sets])
     start_G = size_G.cumsum() - size_G
     _, column, count = np.unique(np.concatenate(sets), return_inverse=True, return_counts=True)
@@ -98,4 +103,4 @@ def near_groups(texts: list[str], threshold: float) -> tuple[list[int], list[lis
             if similarity(sets[i], sets[j]) >= threshold:
                 near[i].append(j)
                 near[j].append(i)
-    return groups, [sorted(some) for some in near]
+    return near

@@ -103,8 +103,9 @@ class Pool:
                 self.positives[q].append(doc)
                 self.grades[q].append(grade)
         self.own[q] += [doc for doc in dict.fromkeys(negatives) if doc not in self.own[q]]
-        for doc, entry in zip(negatives, mined or (), strict=bool(mined)):
-            self.mined.setdefault((q, doc), entry)
+        if mined is not None:
+            for doc, entry in zip(negatives, mined, strict=True):
+                self.mined.setdefault((q, doc), entry)
 
     def know(self, query: str, passages: Sequence[str]) -> None:
         """Passages that answer a query, whether or not either is in the pool."""

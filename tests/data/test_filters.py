@@ -20,7 +20,7 @@ from data.filters import (
 )
 from data.formats import SourceConfig, read_examples
 from data.languages import comparable, is_question, language_share, script_share, words
-from data.near import near_groups, shingle_set, similarity
+from data.near import grouped, near_sets, shingle_set, similarity
 from data.rows import Pair
 from data.triplets import split_file, triplets_file
 
@@ -212,7 +212,8 @@ def test_near_texts_are_those_of_all_pairs_compared(threshold, monkeypatch):
         texts.append("".join(letters)[n % 7 : 40 + n])
     # two of three windows shared, the rarest not: .5 exactly
     texts += ["", "?", "!!", *texts[:5], texts[7].upper(), "abcdefg", "bcdefgh"]
-    group_P, near_G = near_groups(texts, threshold)
+    group_P, distinct = grouped(texts)
+    near_G = near_sets(distinct, threshold)
     sets = [set(shingle_set(t).tolist()) for t in texts]
     num_near = 0
     for i, one in enumerate(sets):
