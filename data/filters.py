@@ -10,16 +10,18 @@ Shapes: P pairs.
 
 import logging
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import lru_cache, partial
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
 
 from conf.schema import FilterConfig, PrepareConfig
 from data.languages import comparable, is_question, language_share, plain, script_share, words
-from data.near import grouped, near_sets, shingle_set, similarity
+from data.near import grouped, near_sets
 from data.rows import (
     Pair,
     keep_pairs,
@@ -177,33 +179,65 @@ RULES: dict[str, Callable[[Pair, FilterConfig], str | None]] = {
 def near_duplicates(pairs: Sequence[Pair], c: FilterConfig) -> dict[int, str]:
     """Pairs near an earlier one that stays: number -> why. What "near" means: data/near.py."""
     queries = [pair.query for pair in pairs]
-    group_P, sets = grouped(queries)
-    asked = [
-        (what, least, near_sets(sets, least))
-        for what, least in (("query and passage", c.near_duplicate), ("query", c.near_query))
-        if least is not None
-    ]
-    passage = lru_cache(maxsize=1 << 14)(lambda p: shingle_set(pairs[p].passage))
-
-    def first_near(p: int, what: str, least: float, earlier: Iterable[int]) -> int | None:
-        if what == "query":
-            return min(earlier, default=None)
-        near = (e for e in sorted(earlier) if similarity(passage(e), passage(p)) >= least)
-        return next(near, None)
-
+    query_P, sets = grouped(queries)
+    by_both = by_query = passage_P = near_passages = None
+    if c.near_duplicate is not None:
+        by_both = near_sets(sets, c.near_duplicate)
+        passage_P, near_passages = _near_passages(pairs, query_P, by_both, c.near_duplicate)
+    if c.near_query is not None:
+        by_query = near_sets(sets, c.near_query)
     dropped: dict[int, str] = {}
-    stays: dict[int, list[int]] = {}  # group of queries -> its pairs that stay
-    for p in range(len(pairs)):
-        for what, least, near_G in asked:
-            groups = (group_P[p], *near_G[group_P[p]])
-            earlier = (e for group in groups for e in stays.get(group, ()))
-            first = first_near(p, what, least, earlier)
-            if first is not None:
-                dropped[p] = f"{what} nearly as in: {queries[first][:200]!r}"
-                break
-        else:
-            stays.setdefault(group_P[p], []).append(p)
+    # query or passage, by number -> its pairs that stay
+    of_query: dict[int, list[int]] = {}
+    of_passage: dict[int, list[int]] = {}
+    for p, query in enumerate(query_P):
+        found: dict[str, list[int]] = {}
+        if by_both is not None:
+            asked, passage = {query, *by_both[query]}, passage_P[p]
+            some = (passage, *near_passages[passage])
+            found["query and passage"] = [
+                e for n in some for e in of_passage.get(n, ()) if query_P[e] in asked
+            ]
+        if by_query is not None:
+            some = (query, *by_query[query])
+            found["query"] = [e for n in some for e in of_query.get(n, ())]
+        what = next((what for what, earlier in found.items() if earlier), None)
+        if what is not None:
+            dropped[p] = f"{what} nearly as in: {queries[min(found[what])][:200]!r}"
+            continue
+        of_query.setdefault(query, []).append(p)
+        if passage_P is not None:
+            of_passage.setdefault(passage_P[p], []).append(p)
     return dropped
+
+
+def _near_passages(
+    pairs: Sequence[Pair], query_P: list[int], near_queries: list[list[int]], least: float
+) -> tuple[list[int], list[list[int]]]:
+    """(passage of each pair by number, the passages near each).
+
+    Compared are those whose queries hang together by nearness, a connected component at a time:
+    others are in no pair of near pairs, and all at once would not fit into memory.
+    """
+    one = np.repeat(np.arange(len(near_queries)), [len(some) for some in near_queries])
+    other = np.array([n for some in near_queries for n in some], np.int64)
+    graph = coo_matrix((np.ones(len(one)), (one, other)), (len(near_queries),) * 2)
+    label_G = connected_components(graph, directed=False)[1].tolist()
+    components: dict[int, list[int]] = {}
+    for p, query in enumerate(query_P):
+        components.setdefault(label_G[query], []).append(p)
+    passage_P, near = [0] * len(pairs), []
+    for some in components.values():
+        first = len(near)
+        if len(some) == 1:
+            numbers, others_of = [0], [[]]
+        else:
+            numbers, sets = grouped([pairs[p].passage for p in some])
+            others_of = near_sets(sets, least)
+        for p, number in zip(some, numbers, strict=True):
+            passage_P[p] = first + number
+        near += [[first + n for n in others] for others in others_of]
+    return passage_P, near
 
 
 def dissimilar(q_PD: np.ndarray, p_PD: np.ndarray, least: float) -> dict[int, str]:
