@@ -20,7 +20,15 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
 from conf.schema import FilterConfig, PrepareConfig
-from data.languages import comparable, is_question, language_share, plain, script_share, words
+from data.languages import (
+    check_script,
+    comparable,
+    is_question,
+    language_share,
+    plain,
+    script_share,
+    words,
+)
 from data.near import grouped, near_sets
 from data.rows import (
     Pair,
@@ -274,6 +282,8 @@ def filter_file(c: PrepareConfig, source: Path, target: Path) -> dict[str, Any]:
         from models.reranker import check_judges
 
         check_judges(f.reranker, "filter.reranker", ", or filter.model for a retriever")
+    if f.script is not None:
+        check_script(f.script, "filter.script")
     examples = read_source(c, source)
     answers = read_answers(examples, f.answer_column) if f.answer_column else None
     pairs = pairs_of(examples, answers)

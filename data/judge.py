@@ -8,8 +8,9 @@ Shapes: P pairs of a step.
 """
 
 import logging
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from math import ceil, inf
 from pathlib import Path
 
@@ -18,7 +19,7 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
-from conf.schema import LossConfig, ModelConfig, OptimConfig, PrepareConfig
+from conf.schema import LossConfig, ModelConfig, OptimConfig, PrepareConfig, ValidateConfig
 from data.batches import seeded
 from data.cache import built_once, digest_of
 from data.filters import pair_probabilities
@@ -71,6 +72,21 @@ def judged(
     return np.load(place / "probability.npy")
 
 
+def fresh_judge(v: ValidateConfig) -> Reranker:
+    """The untrained judge. Raises ValueError, in the names of validate's settings, where they do
+    not fit the base."""
+    try:
+        return build_reranker(
+            ModelConfig(
+                base=str(v.base), pooling=v.pooling, max_pair_length=v.max_pair_length,
+                freeze=v.freeze,
+            )
+        )  # fmt: skip
+    except ValueError as error:
+        ours = "|".join(f.name for f in fields(v))
+        raise ValueError(re.sub(rf"\bmodel\.(?=({ours})\b)", "validate.", str(error))) from error
+
+
 def train_judge(
     c: PrepareConfig, rows: Sequence[Example], fold: int, *, device: torch.device, precision: str
 ) -> Reranker:
@@ -81,11 +97,7 @@ def train_judge(
     v = c.validate
     keep_freed_memory()
     torch.manual_seed(c.seed * 1000 + fold)  # a fresh head is drawn from it
-    reranker = build_reranker(
-        ModelConfig(
-            base=str(v.base), pooling=v.pooling, max_pair_length=v.max_pair_length, freeze=v.freeze
-        )
-    ).to(device)
+    reranker = fresh_judge(v).to(device)
     loss_fn = RerankLoss(
         LossConfig(kind="bce", temperature=1.0, positive_weight=float(v.num_negatives))
     )

@@ -5,8 +5,10 @@ Invisible characters never part two texts: the zero-width non-joiner of Persian 
 nor a space here, so that a word counts as one with it and without.
 """
 
+import difflib
 import functools
 import re
+import sys
 import unicodedata
 from collections.abc import Iterator
 
@@ -114,6 +116,25 @@ def _digit(c: str) -> str:
 def script_of(letter: str) -> str:
     """Unicode's name of a letter's script, in capitals: LATIN, ARABIC, CYRILLIC, CJK ..."""
     return unicodedata.name(letter, "UNKNOWN").split()[0].split("-")[0]
+
+
+@functools.cache
+def scripts() -> frozenset[str]:
+    """Every script that some letter has, as script_of names it."""
+    letters = (c for c in map(chr, range(sys.maxunicode + 1)) if c.isalpha())
+    return frozenset(map(script_of.__wrapped__, letters))
+
+
+def check_script(script: str, setting: str) -> None:
+    """Raise ValueError for a name that no letter's script has: all pairs would be dropped."""
+    if script.upper() in scripts():
+        return
+    near = difflib.get_close_matches(script.upper(), scripts(), n=3)
+    hint = f"did you mean {', '.join(s.title() for s in near)}?" if near else ""
+    raise ValueError(
+        f"{setting} ({script}) is no script that Unicode names, such as Latin, Arabic, Cyrillic,"
+        f" Greek, Hebrew, Devanagari, Cjk, Hiragana, Hangul. {hint}".strip()
+    )
 
 
 def script_share(text: str, script: str) -> float:

@@ -272,6 +272,7 @@ def mine_file(c: PrepareConfig, source: Path, target: Path) -> dict[str, Any]:
     num_rows = write_rows(target, rows)
     counts = {"passages": len(pool.docs.texts), **mined.counts}
     log.info("mine: %s", "; ".join(f"{what} {n:,}" for what, n in counts.items()))
+    _warn_of_none(mined.counts, c.mine)
     return {
         "in": len(pool.queries.texts),
         "out": num_rows,
@@ -279,6 +280,21 @@ def mine_file(c: PrepareConfig, source: Path, target: Path) -> dict[str, Any]:
         "examples": mined.examples,
         "digests": digests,
     }
+
+
+def _warn_of_none(counts: Counter, c: MineConfig) -> None:
+    """Say so where the limits leave hardly anything, and which they are."""
+    lost, candidates = counts["outside the limits"], counts["candidates"]
+    if lost < 0.99 * candidates or not candidates:
+        return
+    limits_set = {k: getattr(c, k) for k in ("fraction", "margin", "max_score", "min_score")}
+    named = ", ".join(f"mine.{k}={x:g}" for k, x in limits_set.items() if x is not None)
+    log.warning(
+        "mine: %s of %s candidates are outside the limits (%s)%s; null lifts a limit, e.g."
+        " mine.fraction=null", f"{lost:,}", f"{candidates:,}", named,
+        ". A positive that the run file does not list counts with the query's lowest score there,"
+        " which leaves nothing" if "run" in c.sources and not c.model else "",
+    )  # fmt: skip
 
 
 def _open_sources(

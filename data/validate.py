@@ -21,7 +21,7 @@ import numpy as np
 from scipy.stats import rankdata
 
 from conf.schema import PrepareConfig
-from data.judge import judged
+from data.judge import fresh_judge, judged
 from data.records import Example, content_hash, hash_bytes
 from data.rows import Pair, keep_pairs, pairs_of, read_source, report_of, row_of, shown, write_rows
 from data.splits import component_keys, incidences
@@ -45,6 +45,7 @@ def validate_file(c: PrepareConfig, source: Path, target: Path) -> dict[str, Any
             "validate.base is not set: name the encoder that the judges start from, e.g."
             " validate.base=intfloat/multilingual-e5-small"
         )
+    fresh_judge(v)  # what does not fit is said before the data are read
     examples = read_source(c, source)
     fold_R = folds_of(examples, v.folds, c.seed)
     bad: set[tuple[int, int]] = set()

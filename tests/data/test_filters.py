@@ -19,7 +19,14 @@ from data.filters import (
     similar_queries,
 )
 from data.formats import SourceConfig, read_examples
-from data.languages import comparable, is_question, language_share, script_share, words
+from data.languages import (
+    check_script,
+    comparable,
+    is_question,
+    language_share,
+    script_share,
+    words,
+)
 from data.near import grouped, near_sets, shingle_set, similarity
 from data.rows import Pair
 from data.triplets import split_file, triplets_file
@@ -501,3 +508,13 @@ def test_a_bare_encoder_is_no_cross_encoder(tmp_path, tiny_base):
     source = tmp_path / "nowhere.jsonl"
     with pytest.raises(ValueError, match=r"filter\.reranker"):
         filter_file(settings(tmp_path, source, reranker=str(tiny_base)), source, tmp_path / "out")
+
+
+def test_a_script_that_does_not_exist_is_named_before_the_data_are_read(tmp_path, monkeypatch):
+    """A mistyped script would drop every pair, and the limits would be blamed."""
+    monkeypatch.setattr(filters, "read_source", lambda *a: pytest.fail("the data were read"))
+    c = settings(tmp_path, tmp_path / "none.jsonl", script="Arabik")
+    with pytest.raises(ValueError, match=r"filter.script \(Arabik\) is no script.*mean Arabic"):
+        filter_file(c, tmp_path / "none.jsonl", tmp_path / "out.jsonl")
+    for name in ("Latin", "arabic", "CYRILLIC", "Cjk", "Hangul", "Devanagari", "Thai"):
+        check_script(name, "filter.script")

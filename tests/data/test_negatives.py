@@ -400,9 +400,10 @@ def test_a_model_without_a_head_is_no_judge(beir, mine, tiny_base):
         mine(beir, reranker=str(tiny_base))
 
 
-def test_nothing_found_is_a_result(beir, mine):
-    """Limits that nothing passes: rows with positives alone, and the report says so."""
+def test_nothing_found_is_a_result(beir, mine, caplog):
+    """Limits that nothing passes: rows with positives alone, and the report says so, and why."""
     report, rows = mine(beir, max_score=-2.0)
+    assert "are outside the limits (mine.max_score=-2); null lifts" in caplog.text
     assert all(row["negative"] == row["mined"] == [] and row["positive"] for row in rows)
     assert report["counts"]["queries with none"] == len(rows) and report["counts"]["mined"] == 0
 
@@ -423,7 +424,7 @@ def test_a_larger_corpus_serves(beir, mine, tmp_path):
         mine(path, corpus=str(tmp_path / "none"))
 
 
-def test_a_run_file_is_a_source(beir, mine, tmp_path):
+def test_a_run_file_is_a_source(beir, mine, tmp_path, caplog):
     """Scores and order as the file has them; ids of equal texts are one passage; a positive that
     the file does not list has at most its lowest score."""
     run = tmp_path / "run.trec"
@@ -440,8 +441,10 @@ def test_a_run_file_is_a_source(beir, mine, tmp_path):
     assert pool.docs.ids[docs_QK[1, 0]] in ("d7", "d31") and docs_QK[1, 1] == -1
     _, rows = mine(beir, sources=["run"], run=str(run), model=None, num_negatives=2)
     assert [r["ranks"]["run"] for r in rows[0]["mined"]] == [1, 2]
+    assert "outside the limits" not in caplog.text
     _, rows = mine(beir, sources=["run"], run=str(run), model=None, margin=0.5)
     assert rows[0]["negative"] == []  # its positive is not listed
+    assert "(mine.margin=0.5). A positive that the run file does not list" in caplog.text
     run.write_text("q0 Q0 nowhere 1 2.5 x\n")
     with pytest.raises(ValueError, match=r"run\.trec:1: document 'nowhere' is not in the data"):
         mine(beir, sources=["run"], run=str(run), model=None)

@@ -47,7 +47,8 @@ def read(path: Path) -> list[dict]:
 def settings(tmp_path, source="", **validate_settings) -> PrepareConfig:
     return PrepareConfig(
         data=str(source), out=str(tmp_path), device="cpu", precision="fp32",
-        cache_dir=str(tmp_path / "cache"), validate=ValidateConfig(**validate_settings),
+        cache_dir=str(tmp_path / "cache"),
+        validate=ValidateConfig(**{"max_pair_length": 64} | validate_settings),
     )  # fmt: skip
 
 
@@ -149,7 +150,7 @@ def test_area_under_curve_against_all_pairs_compared():
 # -- what a judge sees --------------------------------------------------------------------------
 
 
-def test_no_judge_sees_a_text_of_its_fold(tmp_path, monkeypatch):
+def test_no_judge_sees_a_text_of_its_fold(tmp_path, monkeypatch, tiny_base):
     """The point of it all. Own negatives are passages of other rows: those of the fold must go."""
     source = write(
         tmp_path / "data.jsonl",
@@ -166,7 +167,7 @@ def test_no_judge_sees_a_text_of_its_fold(tmp_path, monkeypatch):
         return np.full(len(asked), 0.9)
 
     monkeypatch.setattr(validate, "judged", spy)
-    c = settings(tmp_path, source, base="x", folds=3, corrupt=0.3)
+    c = settings(tmp_path, source, base=str(tiny_base), folds=3, corrupt=0.3)
     report = validate_file(c, source, tmp_path / "validate.jsonl")
     assert [fold for fold, _, _ in seen] == [0, 1, 2]
     assert all(rows + asked == 60 for _, rows, asked in seen)
@@ -241,7 +242,7 @@ def test_a_query_with_every_passage_as_positive_has_no_random_negative(tiny_rera
 # -- the stage ----------------------------------------------------------------------------------
 
 
-def test_report_and_files_tell_good_and_bad_pairs_kept(tmp_path, monkeypatch):
+def test_report_and_files_tell_good_and_bad_pairs_kept(tmp_path, monkeypatch, tiny_base):
     """A judge that believes what was true and every third bad pair: counts and shares of the
     report, against the files."""
     rows = [{"query_id": f"q{n}", "query": f"query {n}", "positive": [f"passage {n}"]}
@@ -261,7 +262,7 @@ def test_report_and_files_tell_good_and_bad_pairs_kept(tmp_path, monkeypatch):
         return np.array(probabilities)
 
     monkeypatch.setattr(validate, "judged", some_judge)
-    c = settings(tmp_path, source, base="x", folds=5, corrupt=0.3)
+    c = settings(tmp_path, source, base=str(tiny_base), folds=5, corrupt=0.3)
     report = validate_file(c, source, target)
     records, kept = read(tmp_path / "validate.judged.jsonl"), read(target)
     assert all(((r["query"], r["passage"]) in truth) != r["corrupted"] for r in records)
@@ -345,15 +346,33 @@ def test_judgements_are_cached_by_all_that_they_depend_on(tmp_path, tiny_base, m
     assert len(calls) == 6
 
 
-def test_what_cannot_be_validated_is_an_error(tmp_path, monkeypatch):
+def test_what_cannot_be_validated_is_an_error(tmp_path, monkeypatch, tiny_base):
     source = write(tmp_path / "data.jsonl", [{"query": f"q{n}", "positive": f"p{n}"} for n in
                                              range(9)])  # fmt: skip
     with pytest.raises(ValueError, match=r"validate.base is not set"):
         validate_file(settings(tmp_path, source), source, tmp_path / "v.jsonl")
     monkeypatch.setattr(validate, "judged", lambda c, f, rows, asked: np.full(len(asked), 0.2))
-    c = settings(tmp_path, source, base="x", folds=3)
+    c = settings(tmp_path, source, base=str(tiny_base), folds=3)
     with pytest.raises(ValueError, match=r"no pair of 9 reaches .* AUC is 0.500 \(.5 is chance\)"):
         validate_file(c, source, tmp_path / "v.jsonl")
     for bad in ({"folds": 1}, {"corrupt": 1.0}, {"min_probability": 1.2}, {"lr": 0.0}):
         with pytest.raises(ValueError, match=f"validate.{next(iter(bad))}"):
             ValidateConfig(**bad)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"max_pair_length": 4096}, r"validate\.max_pair_length|validate\.base"),
+        ({"freeze": ["layers:9"]}, r"validate\.freeze=layers:9: .* has 2 layers"),
+        ({"freeze": ["embedings"]}, r"validate\.freeze"),
+    ],
+)
+def test_settings_that_do_not_fit_the_base_are_named_before_the_data_are_read(
+    tmp_path, monkeypatch, tiny_base, wrong, message
+):
+    monkeypatch.setattr(validate, "read_source", lambda *a: pytest.fail("the data were read"))
+    c = settings(tmp_path, tmp_path / "data.jsonl", base=str(tiny_base), **wrong)
+    with pytest.raises(ValueError, match=message) as error:
+        validate_file(c, tmp_path / "data.jsonl", tmp_path / "v.jsonl")
+    assert "model." not in str(error.value).replace("model.safetensors", "")
