@@ -332,6 +332,14 @@ def read_beir(
     if not qrels:
         raise ValueError(f"{qrels_path}: expected judged queries, found none that can be used")
     query_ids = [q for q in all_texts if q in qrels]
+    num_own = sum(qrels[q].get(q, 0) > 0 for q in query_ids)
+    if num_own:
+        log.warning(
+            "%s: %d queries are answered by the document that has their own id, which searches"
+            " leave out, as BEIR does; if ids of queries and documents are apart, rename one side",
+            qrels_path,
+            num_own,
+        )
     return RetrievalSet(
         name=name or root.resolve().name,
         doc_ids=list(doc_lines),
@@ -339,6 +347,7 @@ def read_beir(
         query_ids=query_ids,
         query_texts=[all_texts[q] for q in query_ids],
         qrels={q: qrels[q] for q in query_ids},
+        shares_ids=True,
     )
 
 

@@ -71,7 +71,10 @@ class Pool:
     mined      of (query, negative): where an earlier stage found it
     answers    all passages known to answer it: positives, and those of rows that an earlier stage
                dropped, of mine.corpus, and of a BEIR folder's other splits
+    shares_ids as in RetrievalSet
     """
+
+    shares_ids = False
 
     def __init__(self) -> None:
         self.queries, self.docs = Texts("q"), Texts("d")
@@ -126,7 +129,9 @@ class Pool:
     def as_set(self) -> RetrievalSet:
         """For searchers; without judgements."""
         docs, queries = self.docs, self.queries
-        return RetrievalSet("pool", docs.ids, docs.texts, queries.ids, queries.texts, {})
+        return RetrievalSet(
+            "pool", docs.ids, docs.texts, queries.ids, queries.texts, {}, shares_ids=self.shares_ids
+        )
 
 
 def read_pool(c: PrepareConfig, source: Path) -> Pool:
@@ -161,6 +166,7 @@ def _read_beir(pool: Pool, root: Path, split: str) -> None:
         if graded:
             positives = [pool.docs.number[d] for d, _ in graded]
             pool.add(query, query_id, positives, grades=[grade for _, grade in graded])
+    pool.shares_ids = data.shares_ids
     _add_known_beir(pool, root)
 
 

@@ -11,7 +11,7 @@ import unicodedata
 import zlib
 from array import array
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
 from types import TracebackType
@@ -52,7 +52,11 @@ class Example:
 
 @dataclass
 class RetrievalSet:
-    """Documents, queries and judgements: qrels[query id][document id] = grade; > 0 is relevant."""
+    """Documents, queries and judgements: qrels[query id][document id] = grade; > 0 is relevant.
+
+    shares_ids  whether an id stands for the same text on both sides, as in BEIR, where searches
+                leave out the document that is the query itself; rows number each side from 0
+    """
 
     name: str
     doc_ids: list[str]
@@ -60,6 +64,7 @@ class RetrievalSet:
     query_ids: list[str]
     query_texts: list[str]
     qrels: dict[str, dict[str, int]]
+    shares_ids: bool = field(default=False, kw_only=True)
 
 
 @dataclass

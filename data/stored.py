@@ -213,7 +213,9 @@ def _save_strings(folder: Path, name: str, texts: Iterable[str]) -> None:
 
 
 def save_sets(folder: Path, sets: dict[str, RetrievalSet]) -> dict[str, dict[str, str]]:
-    """Set -> names of its tables. Sets over the same corpus share one."""
+    """Set -> names of its tables, and whether its ids are shared. Sets over the same corpus share
+    one.
+    """
     stored: dict[str, dict[str, str]] = {}
     for key, one in sets.items():
         twin = next(
@@ -242,6 +244,8 @@ def save_sets(folder: Path, sets: dict[str, RetrievalSet]) -> dict[str, dict[str
             ]
             np.save(folder / f"{key}.candidates.npy", np.array(offered, np.int64).reshape(-1, 2))
         stored[key] = {"queries": key, "docs": stored[twin]["docs"] if twin else key}
+        if one.shares_ids:
+            stored[key]["ids"] = "shared"
     return stored
 
 
@@ -264,6 +268,7 @@ def load_set(
         query_ids=query_ids,
         query_texts=list(Strings(folder, f"{queries}.query_texts")),
         qrels=qrels,
+        shares_ids=stored.get("ids") == "shared",
     )
     if not groups:
         return one

@@ -251,6 +251,7 @@ def bm25_hits(
 
     language  as in Bm25
     index     of data's documents, when the caller has it already
+    Of a set whose ids are shared a query's own document is left out.
     Documents without a word of the query are no hits. A query word counts as often as it stands in
     the query. Memory: the index, and query_block * N floats.
     """
@@ -269,7 +270,7 @@ def bm25_hits(
             scores_BN = torch.from_numpy((asked_QV[low : low + query_block] @ weights_VN).toarray())
             scores_BN[scores_BN <= 0] = -torch.inf
             for row, query_id in enumerate(data.query_ids[low : low + query_block]):
-                if query_id in place:  # BEIR: the query's own document is no answer
+                if data.shares_ids and query_id in place:  # the query itself is no answer
                     scores_BN[row, place[query_id]] = -torch.inf
             best_BK, column_BK = top_k_in_order(scores_BN, k)
             rows, found = slice(low, low + len(best_BK)), best_BK.shape[1]

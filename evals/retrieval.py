@@ -81,6 +81,8 @@ def score(
     """Hits and metrics at every dim."""
     result = {}
     for dim in dims:
-        hits = search(q_QD, p_ND, data.doc_ids, data.query_ids, k=k, dim=dim)
+        hits = search(
+            q_QD, p_ND, data.doc_ids, data.query_ids, k=k, dim=dim, shares_ids=data.shares_ids
+        )
         result[dim] = Scored(hits, evaluate_hits(hits, data.qrels, list(names)))
     return result

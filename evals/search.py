@@ -210,6 +210,7 @@ def search(
     query_block: int = QUERY_BLOCK,
     device: str | torch.device | None = None,
     order_N: np.ndarray | None = None,
+    shares_ids: bool = False,
 ) -> Hits:
     """The k best documents of each query by float32 inner product, exactly, in the one total order.
 
@@ -219,10 +220,11 @@ def search(
     block        documents scored at once; memory is block * (D + query_block) floats and Q * k hits
     device       where to score; None: where p_ND is
     order_N      descending_ids(doc_ids), when the caller has it already
+    shares_ids   as in RetrievalSet: a document whose id is the query's own is dropped, as BEIR
+                 does, and the k hits are k others
     Raises ValueError when shapes disagree, dim is not in [1, D], ids repeat or an embedding is not
     finite.
 
-    A document whose id is the query's own is dropped, as BEIR does; the k hits are then k others.
     The same call gives the same bits on the same machine, thread count and torch. Every product has
     one shape, (query_block, d) x (d, block), short blocks being padded with zeros: so a query's
     hits do not depend on the other queries asked, and equal vectors have equal scores.
@@ -250,7 +252,7 @@ def search(
     device = p_ND.device if device is None else torch.device(device)
     block = min(block, max(256, math.ceil(num_docs / 256) * 256))
     place = {doc_ids[n]: at for at, n in enumerate(order_N.tolist())}
-    own_place_Q = [place.get(query_id, -1) for query_id in query_ids]
+    own_place_Q = [place.get(query_id, -1) if shares_ids else -1 for query_id in query_ids]
 
     best_QK = torch.full((num_queries, k), -torch.inf)
     place_QK = torch.full((num_queries, k), -1, dtype=torch.int64)

@@ -91,7 +91,7 @@ def search_by(
         str(dim): search(
             q_QD, p_ND, data.doc_ids, data.query_ids,
             k=k, dim=dim, precision=c.precision, device=next(towers.parameters()).device,
-            order_N=order_N,
+            order_N=order_N, shares_ids=data.shares_ids,
         )
         for dim in sorted(set(dims), reverse=True) or [towers.width]
     }  # fmt: skip

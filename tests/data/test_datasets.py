@@ -414,6 +414,18 @@ def test_sets_over_one_corpus_store_it_once(tmp_path):
     assert [p.name for p in folder.glob("*.doc_texts.bin")] == ["dev.doc_texts.bin"]
 
 
+def test_only_ids_of_a_beir_folder_are_shared_also_from_the_cache(tmp_path):
+    """Searches leave out the document with the query's id where the ids are of one world."""
+    numbered = [{"query_id": i, **row, "positive_id": i} for i, row in enumerate(pairs(40))]
+    rows = write_rows(tmp_path / "rows.jsonl", numbered)
+    judged = {s: [(i, i) for i in range(9)] for s in ("train", "dev", "test")}
+    for root, is_shared in ((rows, False), (beir(tmp_path / "beir", judged), True)):
+        for _ in range(2):
+            data = open_some(tmp_path, root=str(root))
+            found = [one.shares_ids for one in (data.dev["dev"], data.test["test"])]
+            assert found == [is_shared] * 2
+
+
 def test_a_hub_folder_that_changed_deep_down_is_read_again(tmp_path):
     """`datasets` reads any depth; a digest of the first two levels would serve the old rows."""
     pytest.importorskip("datasets", reason="the package datasets (extra [hub]) is missing")

@@ -126,8 +126,9 @@ def small_set() -> RetrievalSet:
     }  # fmt: skip
     queries = {"q1": "red whale", "q2": "blue blue fish", "q3": "unheard words", "q4": ""}
     return RetrievalSet(
-        "small", list(docs), list(docs.values()), list(queries), list(queries.values()), {}
-    )
+        "small", list(docs), list(docs.values()), list(queries), list(queries.values()), {},
+        shares_ids=True,
+    )  # fmt: skip
 
 
 def test_scores_are_lucenes_formula_in_the_total_order():

@@ -10,7 +10,8 @@ import pytest
 import pytrec_eval
 
 import evaluate
-from conf.schema import EvaluateConfig
+from conf.schema import EvaluateConfig, SourceConfig
+from data.formats import read_retrieval_set
 
 ROOT = Path(__file__).parents[2]
 WORDS = "red green blue fish whale fox apple pear stone river mountain cloud".split()
@@ -188,3 +189,26 @@ def test_a_file_without_splits_is_evaluated_whole(tmp_path):
     assert result["num_queries"] == 3 and result["metrics"]["bm25"]["accuracy@1"] == 1
     with pytest.raises(ValueError, match="no splits of its own, so there is no 'dev'"):
         evaluate.run(config("bm25", path, split="dev"))
+
+
+def test_rows_whose_numbers_meet_lose_no_answer_and_beir_says_what_it_leaves_out(
+    beir, tmp_path, caplog
+):
+    """Rows number queries and passages apart; in a BEIR folder one id is one text."""
+    rows = [
+        {"query_id": i, "query": f"the {w}", "positive": f"{w} and more", "positive_id": i}
+        for i, w in enumerate(("fox", "pear", "cloud"))
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    for settings in ({"model": "bm25"}, {"model": "random", "first_stage": "bm25"}):
+        result = evaluate.run(config(data=path, **settings))
+        assert result["metrics"]["bm25"]["accuracy@1"] == 1, settings
+    assert not caplog.records
+    qrels = beir / "qrels" / "test.tsv"
+    asked = qrels.read_text().splitlines()[1].split("\t")[0]
+    text = (beir / "corpus.jsonl").read_text()
+    (beir / "corpus.jsonl").write_text(text + json.dumps({"_id": asked, "text": "itself"}) + "\n")
+    qrels.write_text(qrels.read_text() + f"{asked}\t{asked}\t1\n")
+    assert read_retrieval_set(SourceConfig(root=str(beir)), "test").shares_ids
+    assert "1 queries are answered by the document that has their own id" in caplog.text

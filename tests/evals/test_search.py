@@ -159,10 +159,18 @@ def test_a_query_never_finds_itself_and_still_gets_k_hits():
     rng = np.random.default_rng(5)
     p_ND = lattice(rng, 40, 4)
     ids = many_ids(rng, 40)
-    hits = search(p_ND, p_ND, ids, ids, k=39)
+    hits = search(p_ND, p_ND, ids, ids, k=39, shares_ids=True)
     assert [hits.of(row) for row in range(40)] == sorted_by_hand(p_ND, p_ND, ids, ids, 39)
-    few = search(p_ND, p_ND, ids, ids, k=50)
+    few = search(p_ND, p_ND, ids, ids, k=50, shares_ids=True)
     assert (few.docs_QK[:, 39:] == -1).all() and np.isneginf(few.scores_QK[:, 39:]).all()
+
+
+def test_ids_that_are_not_shared_hide_no_document():
+    """Rows number queries and passages apart: passage 7 may well be the answer to query 7."""
+    p_ND = np.eye(40, dtype=np.float32)
+    ids = [str(i) for i in range(40)]
+    hits = search(p_ND, p_ND, ids, ids, k=1)
+    assert hits.ids_by_query() == {i: [i] for i in ids}
 
 
 def test_training_switches_do_not_change_scores(monkeypatch):
