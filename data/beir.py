@@ -59,7 +59,8 @@ def beir_splits(root: Path) -> list[str]:
     return sorted(names, key=lambda n: (order.get(n, 3), n))
 
 
-def _beir_paths(root: Path, split: str) -> tuple[Path, Path, Path]:
+def beir_paths(root: Path, split: str) -> tuple[Path, Path, Path]:
+    """corpus, queries and qrels of a split. Raises ValueError for a part that is not there."""
     paths = [part(root, n) for n in ("corpus.jsonl", "queries.jsonl", f"qrels/{split}.tsv")]
     corpus, queries, qrels = paths
     if corpus is None or queries is None:
@@ -248,7 +249,7 @@ def _read_qrels(path: Path, bad: BadRows) -> Iterator[tuple[int, str, str, int]]
 def read_answers(root: Path) -> Iterator[tuple[str, str]]:
     """(query id, document id) of everything judged relevant, in any split."""
     for split in beir_splits(root):
-        qrels = _beir_paths(root, split)[2]
+        qrels = beir_paths(root, split)[2]
         for _, query_id, doc_id, grade in _read_qrels(qrels, BadRows("skip")):
             if grade > 0:
                 yield query_id, doc_id
@@ -297,7 +298,7 @@ def read_beir(
     """
     root = Path(root)
     bad = bad if bad is not None else BadRows()
-    corpus, queries, qrels_path = _beir_paths(root, split)
+    corpus, queries, qrels_path = beir_paths(root, split)
     doc_lines: dict[str, int] = {}
     doc_texts: list[str] = []
     for number, _, doc_id, text in _read_items(corpus, bad, has_title=True):
@@ -363,7 +364,7 @@ def read_beir_examples(
     they are not all 1.
     """
     bad = bad if bad is not None else BadRows()
-    corpus, queries, qrels_path = _beir_paths(Path(root), split)
+    corpus, queries, qrels_path = beir_paths(Path(root), split)
     docs = _Items(corpus, bad, has_title=True)
     asked = _Items(queries, bad, has_title=False)
     try:

@@ -10,8 +10,9 @@ Files are read as streams. What stays in memory is 16 to 32 bytes for each id th
 import difflib
 import logging
 import math
+import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import groupby
@@ -19,7 +20,15 @@ from pathlib import Path
 from typing import Any
 
 from conf.schema import SourceConfig
-from data.beir import BeirTexts, beir_splits, is_beir, part, read_beir, read_beir_examples
+from data.beir import (
+    BeirTexts,
+    beir_paths,
+    beir_splits,
+    is_beir,
+    part,
+    read_beir,
+    read_beir_examples,
+)
 from data.columns import (
     GROUP_ROLES,
     ROLES,
@@ -65,6 +74,7 @@ __all__ = [
     "content_hash",
     "detect",
     "normalise",
+    "opened_files",
     "read_beir",
     "read_examples",
     "read_groups",
@@ -233,6 +243,32 @@ def available_splits(source: SourceConfig) -> list[str]:
     if kind == "hub":
         return hub_splits(str(source.root))
     return [name for name in _split_files(source, _root(source)) if name is not None]
+
+
+def opened_files(source: SourceConfig, splits: Iterable[str | None]) -> list[Path]:
+    """The files that the readers open for these splits, names of available_splits, or None for data
+    without splits; of a local folder of the hub's all, since `datasets` goes to any depth.
+    """
+    kind, root = _kind(source), _root(source)
+    if kind == "hub":
+        return _files_below(root)
+    if kind == "beir":
+        return sorted({p for s in splits if s is not None for p in beir_paths(root, s)})
+    by_split = _split_files(source, root)
+    return sorted({p for s in splits for p in by_split.get(s, [])})
+
+
+def _files_below(root: Path) -> list[Path]:
+    """Every file but hidden ones, also behind links to folders; each folder once."""
+    files, seen = [root] if root.is_file() else [], set()
+    for folder, inner, names in os.walk(root, followlinks=True):
+        real = os.path.realpath(folder)
+        inner[:] = sorted(n for n in inner if not n.startswith(".")) if real not in seen else []
+        if real not in seen:
+            paths = [Path(folder, n) for n in names if not n.startswith(".")]
+            files += [p for p in paths if p.is_file()]
+        seen.add(real)
+    return sorted(files)
 
 
 def resolve_split(source: SourceConfig, split: str | None) -> str | None:

@@ -27,6 +27,7 @@ from data.formats import (
     available_splits,
     content_hash,
     detect,
+    opened_files,
     read_examples,
     read_groups,
     read_rerank_set,
@@ -51,7 +52,6 @@ log = logging.getLogger(__name__)
 
 INDEX_VERSION = 3  # raise it when the same files and settings would give another folder
 NO_POSITIVE = "all in train: no query has a positive"
-_ENDINGS = frozenset(".jsonl .ndjson .json .tsv .csv .parquet .arrow .gz".split())
 
 
 @dataclass
@@ -173,8 +173,11 @@ def _content_digest(source: SourceConfig) -> str:
     if source.format == "pydocs":
         return sources_digest(source.root)
     if source.root and (path := Path(source.root).expanduser()).exists():
-        files = [path] if path.is_file() else sorted(_data_files(path, source))
-        return digest_of([(str(f.relative_to(path)), file_digest(f, full=True)) for f in files])
+        is_hub = source.format == "hub" or (source.format == "auto" and detect(path) == "hub")
+        own = {} if is_hub else _own_splits(source)
+        files = opened_files(source, own.values())
+        digests = [(str(f.relative_to(path)), file_digest(f, full=True)) for f in files]
+        return digest_of(own, digests)
     if source.format == "hub" and source.root:
         return _hub_commit(source.root)
     detect(str(source.root or ""))  # raises, saying what is missing
@@ -188,15 +191,6 @@ def _texts_digest(source: SourceConfig) -> str | None:
     folder = Path(source.texts).expanduser()
     files = [p for p in (part(folder, n) for n in ("corpus.jsonl", "queries.jsonl")) if p]
     return digest_of([(f.name, file_digest(f, full=True)) for f in files])
-
-
-def _data_files(folder: Path, source: SourceConfig) -> Iterator[Path]:
-    """What a reader may open. `datasets` goes to any depth and knows more endings than we do."""
-    is_hub = source.format == "hub" or (source.format == "auto" and detect(str(folder)) == "hub")
-    for path in folder.rglob("*"):
-        is_hidden = any(p.startswith(".") for p in path.relative_to(folder).parts)
-        if path.is_file() and not is_hidden and (is_hub or path.suffix.lower() in _ENDINGS):
-            yield path
 
 
 def _hub_commit(root: str) -> str:

@@ -426,6 +426,33 @@ def test_only_ids_of_a_beir_folder_are_shared_also_from_the_cache(tmp_path):
             assert found == [is_shared] * 2
 
 
+def test_files_that_no_reader_opens_do_not_change_the_data(tmp_path, monkeypatch):
+    """data.root=. holds the run's own folders: its metrics would change its data as it runs."""
+    monkeypatch.chdir(tmp_path)
+    root = write_rows(Path("here") / "train.jsonl", pairs(80)).parent
+    write_rows(root / "test.jsonl", pairs(5, "t"))
+    first = open_some(tmp_path, root=str(root)).report["digest"]
+    write_rows(root / "runs" / "default" / "metrics.jsonl", [{"step": 1}])
+    write_rows(root / "notes.jsonl", [{"a": 1}])
+    assert open_some(tmp_path, root=str(root)).report["digest"] == first
+    write_rows(root / "test.jsonl", pairs(6, "t"))
+    assert open_some(tmp_path, root=str(root)).report["digest"] != first
+
+
+def test_judgements_behind_a_link_are_read_again_when_they_change(tmp_path):
+    """A folder of qrels may be a link, which a walk over the files does not enter."""
+    judged = {s: [(i, i) for i in range(9)] for s in ("train", "dev", "test")}
+    root = beir(tmp_path / "beir", judged)
+    (root / "qrels").rename(tmp_path / "real")
+    (root / "qrels").symlink_to(tmp_path / "real")
+    found = []
+    for _ in range(2):
+        found.append(open_some(tmp_path, root=str(root)).train.num_examples)
+        path = tmp_path / "real" / "train.tsv"
+        path.write_text("".join(path.read_text().splitlines(True)[:5]))
+    assert found == [9, 4]
+
+
 def test_a_hub_folder_that_changed_deep_down_is_read_again(tmp_path):
     """`datasets` reads any depth; a digest of the first two levels would serve the old rows."""
     pytest.importorskip("datasets", reason="the package datasets (extra [hub]) is missing")
