@@ -26,6 +26,7 @@ POSITIVE = ("positive", "positives", "pos", "positive_passages")
 # taken for positives only where no column of POSITIVE is there and just one of these
 POSITIVE_WEAK = ("passage", "document", "answer", "context", "response")
 NEGATIVE = ("negative", "negatives", "neg", "negative_passages", "hard_negative", "hard_negatives")
+UNTOLD = ("label", "labels")  # relevance in one data set, a class in another
 ROW_SCORE = ("score", "relevance", "grade")
 EXTRA = {
     "id": ("query_id", "query-id", "qid", "_id", "id"),
@@ -145,10 +146,11 @@ def layout_of(columns: Sequence[str], source: SourceConfig) -> Layout:
     score = source.columns.get("score")
     if score is None:
         score = _only("score", [c for c in free if c.lower() in ROW_SCORE], listed)
-        if not score and "label" in free:
+        label = next((c for c in free if c.lower() in UNTOLD), None)
+        if not score and label:
             raise ColumnError(
-                "to be told what column 'label' is: data.filter={label: <value>} keeps those rows,"
-                " data.columns={score: label} reads it as relevance,"
+                f"to be told what column {label!r} is: data.filter={{{label}: <value>}} keeps those"
+                f" rows, data.columns={{score: {label}}} reads it as relevance,"
                 " data.columns={score: ''} leaves it unused, task=rerank trains a reranker on it",
                 listed,
             )
@@ -213,8 +215,8 @@ def _unlabelled(columns: Sequence[str], source: SourceConfig, listed: str) -> La
     """Rows of positives and negatives, with a teacher's scores where they have scores."""
     if source.texts:
         raise ColumnError("a label column beside the ids (data.texts is set)", listed)
-    unused = {"label"} - set(source.columns.values()) - set(source.filter)
-    layout = layout_of([c for c in columns if c not in unused], source)
+    told = set(source.columns.values()) | set(source.filter)
+    layout = layout_of([c for c in columns if c in told or c.lower() not in UNTOLD], source)
     weak = [p for p in layout.positives if p.lower() in POSITIVE_WEAK]
     if layout.score and not layout.negatives and weak and "score" not in source.columns:
         raise ColumnError(

@@ -355,6 +355,7 @@ def _rows(
                 needed = layout_for(table.columns, source).needed()
             except ColumnError as e:
                 raise ValueError(f"{table.where}: {e}") from None
+            unused |= set(table.columns) - set(needed)
         for where, row in table.rows(needed):
             num_rows += 1
             keys = tuple(row)

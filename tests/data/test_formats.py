@@ -4,6 +4,7 @@ import csv
 import gzip
 import io
 import json
+import logging
 import os
 import random
 import subprocess
@@ -24,6 +25,7 @@ from data.formats import (
     normalise,
     read_beir,
     read_examples,
+    read_groups,
     read_retrieval_set,
 )
 from data.records import HashIndex
@@ -441,6 +443,29 @@ def test_label_column_is_never_guessed(tmp_path: Path) -> None:
     assert [e.query for e in read(path, columns={"score": "label"})] == ["q1", "q2"]
     assert [e.query for e in read(path, filter={"label": 0})] == ["q0"]
     assert len(read(path, columns={"score": ""})) == 3
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "tsv", "parquet"])
+@pytest.mark.parametrize("name", ["Label", "labels", "LABELS"])
+def test_a_label_of_any_spelling_must_be_told(tmp_path: Path, kind: str, name: str) -> None:
+    """A column that is passed over trains on the pairs that it calls irrelevant."""
+    path = tmp_path / f"rows.{kind}"
+    _write(path, [{"query": f"q{i}", "passage": f"p{i}", name: i % 2} for i in range(4)], kind)
+    with pytest.raises(ValueError, match=f"told what column '{name}' is: data.filter={{{name}: "):
+        read(path)
+    assert [e.query for e in read(path, columns={"score": name})] == ["q1", "q3"]
+    assert len(read(path, columns={"score": ""})) == 4
+    groups = list(read_groups(source(path, columns={"label": "", "score": ""}), None))
+    assert len(groups) == 4
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "tsv", "parquet"])
+def test_columns_that_are_not_used_are_in_the_log(tmp_path: Path, kind: str, caplog: Any) -> None:
+    path = tmp_path / f"rows.{kind}"
+    _write(path, [{"query": "q", "positive": "p", "lang": "en", "split": "a"}], kind)
+    caplog.set_level(logging.INFO)
+    read(path, filter={"split": "a"})
+    assert "columns not used: lang" in caplog.text and "split" not in caplog.messages[-1]
 
 
 def test_pair_files_make_a_retrieval_set_of_distinct_texts(tmp_path: Path) -> None:
