@@ -10,6 +10,7 @@ import logging
 from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,14 @@ from data.splits import (
     split_by_components,
     split_examples,
 )
-from data.stored import MAX_LEAKAGE_EXAMPLES, ExamplesWriter, load_set, save_sets, stored_examples
+from data.stored import (
+    MAX_LEAKAGE_EXAMPLES,
+    ExamplesWriter,
+    load_set,
+    save_sets,
+    stored_examples,
+    text_counts,
+)
 from data.toy import TOY_VERSION, toy_examples
 
 log = logging.getLogger(__name__)
@@ -164,6 +172,22 @@ def warn_of_leaks(shown: str | None, leakage: dict[str, Any]) -> None:
         level = logging.WARNING if any("queries" in kind for kind in counts) else logging.INFO
         told = ", ".join(f"{n:,} {kind}" for kind, n in counts.items())
         log.log(level, "%s: %s share %s; result.json shows examples", shown, pair, told)
+    if note := sample_note(leakage):
+        log.info("%s: %s", shown, note)
+
+
+def sample_note(leakage: dict[str, Any]) -> str:
+    """What has to be said beside the counts of a leakage report; "" where all was compared."""
+    left_out = leakage["not_compared_for_near"]
+    total = sum(
+        n for texts in leakage["texts"].values() for n in (texts["queries"], texts["positives"])
+    )
+    if not left_out:
+        return ""
+    return (
+        f"near duplicates were looked for in a sample: {left_out:,} of {total:,} queries and"
+        " positives are compared exactly alone"
+    )
 
 
 def _content_digest(source: SourceConfig) -> str:
@@ -222,14 +246,15 @@ def _build(
         sets = {
             key: _with_all_passages(s, folder, sets) for key, s in sets.items() if "-" not in key
         }
+    own = {k: s for k, s in sets.items() if "-" not in k}
+    held = chain.from_iterable(map(_judged, own.values()))
     leakage = leakage_report(
-        {
-            "train": stored_examples(folder),
-            **{k: _judged(s) for k, s in sets.items() if "-" not in k},
-        }
+        {"train": stored_examples(folder, held), **{k: _judged(s) for k, s in own.items()}}
     )
     if sizes["examples"] > MAX_LEAKAGE_EXAMPLES:
-        leakage["train_examples_compared"] = MAX_LEAKAGE_EXAMPLES
+        seen, leakage["texts"]["train"] = leakage["texts"]["train"], text_counts(folder)
+        for role in ("queries", "positives"):
+            leakage["not_compared_for_near"] += leakage["texts"]["train"][role] - seen[role]
     report = {
         "root": source.root,
         "format": source.format,

@@ -20,9 +20,9 @@ from data.records import HashIndex
 
 log = logging.getLogger(__name__)
 
-MAX_LEAKAGE_EXAMPLES = (
-    200_000  # training examples compared with the held-out ones; 10 microseconds a text each
-)
+# training examples whose texts are looked at for near duplicates; 10 microseconds a text each
+MAX_LEAKAGE_EXAMPLES = 200_000
+HASH_BLOCK = 1 << 20
 GROUP_VALUES = ("positive_grades", "positive_scores", "negative_scores")  # beside the passages
 
 
@@ -165,14 +165,17 @@ def _one_a_query(arrays: dict[str, np.ndarray], num_passages: int) -> dict[str, 
     return out
 
 
-def stored_examples(folder: Path) -> Iterator[Example]:
-    """The training examples of a finished folder, MAX_LEAKAGE_EXAMPLES of them at most, evenly
-    spread.
+def stored_examples(folder: Path, held: Iterable[Example] = ()) -> Iterator[Example]:
+    """The training examples of a finished folder; of more than MAX_LEAKAGE_EXAMPLES that many,
+    evenly spread, and for every text that one of `held` has as query or positive the first that
+    asks it, the first that has it as a positive and the first that has it as a negative.
     """
     queries, passages, labels = (Strings(folder, n) for n in ("queries", "passages", "labels"))
     query_E, positives, negatives = index_arrays(folder)
     num = len(query_E)
     chosen = np.unique(np.linspace(0, num - 1, min(num, MAX_LEAKAGE_EXAMPLES)).astype(np.int64))
+    if num > MAX_LEAKAGE_EXAMPLES:
+        chosen = np.union1d(chosen, _sharing(folder, held, query_E, positives, negatives))
     for start in range(0, len(chosen), 4096):
         rows = chosen[start : start + 4096]
         sides = []
@@ -187,6 +190,41 @@ def stored_examples(folder: Path) -> Iterator[Example]:
                 where=labels[e],
                 id=labels[e],
             )
+
+
+def _sharing(
+    folder: Path, held: Iterable[Example], query_E: np.ndarray, *sides: Ragged
+) -> np.ndarray:
+    """The examples that stored_examples takes for `held`; all stored hashes are looked at."""
+    wanted = np.unique(
+        np.array([content_hash(t) for e in held for t in (e.query, *e.positives)], np.int64)
+    )
+
+    def shared(name: str) -> np.ndarray:
+        hash_T = np.load(folder / f"{name}.hash.npy", mmap_mode="r")
+        found = [np.zeros(0, np.int64)]
+        for low in range(0, len(hash_T), HASH_BLOCK):
+            found.append(low + np.flatnonzero(np.isin(hash_T[low : low + HASH_BLOCK], wanted)))
+        return np.concatenate(found)
+
+    def first(values: np.ndarray, texts: np.ndarray) -> np.ndarray:
+        places = np.flatnonzero(np.isin(values, texts))
+        return places[np.unique(values[places], return_index=True)[1]]
+
+    rows, passages = [first(query_E, shared("queries"))], shared("passages")
+    for side in sides:
+        rows.append(np.searchsorted(side.offsets, first(side.values, passages), "right") - 1)
+    return np.concatenate(rows)
+
+
+def text_counts(folder: Path) -> dict[str, int]:
+    """Distinct texts of all training examples: queries, positives, negatives."""
+    query_E, positives, negatives = index_arrays(folder)
+    return {
+        "queries": len(np.unique(query_E)),
+        "positives": len(np.unique(positives.values)),
+        "negatives": len(np.unique(negatives.values)),
+    }
 
 
 def index_arrays(folder: Path) -> tuple[np.ndarray, Ragged, Ragged]:

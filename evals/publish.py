@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from conf.schema import TrainConfig
-from data.reading import shared_texts
+from data.reading import sample_note, shared_texts
 from evals import report
 from runtime.run_dir import write_json_atomic, write_text_atomic
 from runtime.track import Tracker, read_rows
@@ -67,6 +67,8 @@ def data_facts(report: Mapping[str, Any]) -> dict[str, str]:
             for pair, counts in shared_texts(one["leakage"]).items()
         ]
         facts[f"texts shared by splits{of}"] = "; ".join(shared) or "none found"
+        if note := sample_note(one["leakage"]):
+            facts[f"texts shared by splits{of}"] += f" ({note})"
         if one["bad_rows"]["count"]:
             bad = one["bad_rows"]
             facts[f"bad rows{of}"] = f"{bad['count']:,} left out, listed in {bad['file']}"

@@ -17,6 +17,7 @@ from data.datasets import open_data
 from data.splits import component_keys, incidences
 from data.stored import stored_examples
 from data.toy import toy_examples
+from evals.publish import data_facts
 
 ROOT = Path(__file__).parents[2]
 DATASETS = ROOT.parent / "shared" / "datasets"
@@ -276,6 +277,32 @@ def test_all_passages_can_be_searched(tmp_path):
         )
         assert len(set(one.doc_ids)) == 16
     assert data.test["test"].qrels == small.test["test"].qrels
+
+
+def test_exact_leaks_are_counted_over_all_training_rows(tmp_path, monkeypatch, caplog):
+    """Near duplicates are looked for in a sample; an exact count of a sample is no count."""
+    monkeypatch.setattr("data.stored.MAX_LEAKAGE_EXAMPLES", 10)
+    monkeypatch.setattr("data.reading.MAX_LEAKAGE_EXAMPLES", 10)
+    monkeypatch.setattr("data.stored.HASH_BLOCK", 64)
+    train = [{**row, "negative": f"n{i}"} for i, row in enumerate(pairs(300))]
+    asked = [{"query": f"q{i}", "positive": f"t{i}"} for i in range(1, 300, 20)]
+    answered = [{"query": f"a{i}", "positive": f"p{i}"} for i in range(5, 300, 30)]
+    refused = [{"query": f"b{i}", "positive": f"n{i}"} for i in (7, 77, 277)]
+    crossed = [{"query": "p33", "positive": "q44"}, {"query": "p298", "positive": "x"}]
+    write_rows(tmp_path / "data" / "train.jsonl", train)
+    write_rows(tmp_path / "data" / "test.jsonl", asked + answered + refused + crossed)
+    caplog.set_level(logging.INFO)
+    data = open_some(tmp_path, root=str(tmp_path / "data"), dev_fraction=0.0)
+    leakage = data.report["data_sets"]["data"]["leakage"]
+    exact = {k: n for k, n in leakage["pairs"]["train/test"].items() if k.startswith("exact")}
+    assert exact == {
+        "exact_queries": len(asked), "exact_positives": len(answered),
+        "exact_negatives": len(refused), "exact_across": 3,
+    }  # fmt: skip
+    assert leakage["texts"]["train"] == {"queries": 300, "positives": 300, "negatives": 300}
+    assert 500 < leakage["not_compared_for_near"] < 600
+    note = f"{leakage['not_compared_for_near']} of 660 queries and positives"
+    assert note in caplog.text and note in data_facts(data.report)["texts shared by splits"]
 
 
 def test_python_sources_give_both_test_sets(tmp_path):
