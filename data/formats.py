@@ -1,8 +1,9 @@
 """Text data of any common layout as Examples for training or a RetrievalSet for evaluation.
 
 Formats (told by content): BEIR folders; JSONL, TSV, CSV and Parquet, one file or one a split
-(train.jsonl, dev.tsv, validation.*, shards train-00000-of-00002.parquet), also with .gz; hub data
-sets and folders saved by `datasets`. Which columns are understood: data/columns.py.
+(train.jsonl, dev.tsv, validation.*, shards train-00000-of-00002.parquet; where no file has such a
+name, squad_train.jsonl and my.test.tsv), also with .gz; hub data sets and folders saved by
+`datasets`. Which columns are understood: data/columns.py.
 
 Files are read as streams. What stays in memory is 16 to 32 bytes for each id that the data gives.
 """
@@ -82,6 +83,7 @@ __all__ = [
     "read_retrieval_set",
     "rerank_set",
     "retrieval_set",
+    "tell_files",
 ]
 
 log = logging.getLogger(__name__)
@@ -190,7 +192,11 @@ def _split_files(source: SourceConfig, root: Path) -> dict[str | None, list[Path
     for path in files:
         groups.setdefault(_split_of(path), []).append(path)
     asked = {source.train_split, source.dev_split, source.test_split}
-    if not any(name in asked or name.lower() in _known_names() for name in groups):
+    is_named = any(name in asked or name.lower() in _known_names() for name in groups)
+    if not is_named and (by_word := _by_word(groups)) is not None:
+        _check_one_way(root, groups)
+        groups, is_named = by_word, True
+    if not is_named:
         formats = {extension_format(p) for p in files}
         if len(formats) > 1:
             names = _listed([p.name for p in files])
@@ -198,6 +204,31 @@ def _split_files(source: SourceConfig, root: Path) -> dict[str | None, list[Path
                 f"{root}: expected one format, found {names}; name one file, or set data.format"
             )
         return {None: files}
+    _check_one_way(root, groups)
+    rank = {name: i for i, names in enumerate(SPLIT_NAMES.values()) for name in names}
+    return {
+        name: groups[name] for name in sorted(groups, key=lambda n: (rank.get(n.lower(), 9), n))
+    }
+
+
+def _by_word(groups: dict[str, list[Path]]) -> dict[str, list[Path]] | None:
+    """Groups with squad_train, train_v2 and my.train as train; None where the words of the names do
+    not tell: one names two splits, or none names train.
+    """
+    if len(groups) < 2:
+        return None
+    joined: dict[str, list[Path]] = {}
+    for name, paths in groups.items():
+        words = set(re.split(r"[-_.]", name.lower()))
+        told = [split for split, names in SPLIT_NAMES.items() if words & set(names)]
+        if len(told) > 1:
+            return None
+        joined.setdefault(told[0] if told else name, []).extend(paths)
+    return joined if "train" in joined else None
+
+
+def _check_one_way(root: Path, groups: dict[str, list[Path]]) -> None:
+    """Raises ValueError for a split in two formats, or in one file and in shards."""
     for name, paths in groups.items():
         formats = {extension_format(p) for p in paths}
         if len(formats) > 1 or (len(paths) > 1 and any(_is_whole(p, name) for p in paths)):
@@ -206,10 +237,6 @@ def _split_files(source: SourceConfig, root: Path) -> dict[str | None, list[Path
                 f"{root}: split {name!r} is ambiguous, found {names};"
                 " name one file, or set data.format"
             )
-    rank = {name: i for i, names in enumerate(SPLIT_NAMES.values()) for name in names}
-    return {
-        name: groups[name] for name in sorted(groups, key=lambda n: (rank.get(n.lower(), 9), n))
-    }
 
 
 def _is_whole(path: Path, split: str) -> bool:
@@ -256,6 +283,25 @@ def opened_files(source: SourceConfig, splits: Iterable[str | None]) -> list[Pat
         return sorted({p for s in splits if s is not None for p in beir_paths(root, s)})
     by_split = _split_files(source, root)
     return sorted({p for s in splits for p in by_split.get(s, [])})
+
+
+def tell_files(source: SourceConfig, splits: Iterable[str | None]) -> None:
+    """Says in the log which files are read as what, where their names are not the splits'."""
+    by_split = _split_files(source, _root(source))
+    for split in dict.fromkeys(splits):
+        files = by_split.get(split, [])
+        names = {_split_of(p) for p in files}
+        listed = _listed([p.name for p in files])
+        if split is not None and names - {split}:
+            log.info("%s: split %s is %s", source.root, split, listed)
+        elif split is None and len(names) > 1:
+            log.warning(
+                "%s: %d files are read as one set, of which the splits are held out (%s); if they"
+                " are splits, name them train, dev and test",
+                source.root,
+                len(files),
+                listed,
+            )
 
 
 def _files_below(root: Path) -> list[Path]:

@@ -36,6 +36,7 @@ from data.formats import (
     rerank_set,
     resolve_split,
     retrieval_set,
+    tell_files,
 )
 from data.pydocs import read_pydocs, sources_digest
 from data.splits import (
@@ -200,6 +201,8 @@ def _content_digest(source: SourceConfig) -> str:
         is_hub = source.format == "hub" or (source.format == "auto" and detect(path) == "hub")
         own = {} if is_hub else _own_splits(source)
         files = opened_files(source, own.values())
+        if not is_hub and not _is_beir(source):
+            tell_files(source, own.values())
         digests = [(str(f.relative_to(path)), file_digest(f, full=True)) for f in files]
         return digest_of(own, digests)
     if source.format == "hub" and source.root:

@@ -123,6 +123,26 @@ def test_files_with_splits_keep_them(tmp_path):
     assert split["own"] == {"train": "train", "dev": "validation", "test": "test"}
 
 
+def test_the_log_says_what_files_are_read_as(tmp_path, caplog):
+    """A user's test file among the training rows must not go unsaid; shards are one file."""
+    caplog.set_level(logging.INFO)
+    for names, words in (
+        (("squad_train", "squad_test"), "split test is squad_test.jsonl"),
+        (("one", "two"), "2 files are read as one set"),
+        (("rows-00000-of-00002", "rows-00001-of-00002"), None),
+        (("train", "test"), None),
+    ):
+        caplog.clear()
+        root = tmp_path / names[0]
+        for name in names:
+            write_rows(root / f"{name}.jsonl", pairs(20, name))
+        data = open_some(tmp_path, root=str(root), dev_fraction=0.1)
+        told = [m for m in caplog.messages if "split train is" in m or "as one set" in m]
+        assert bool(told) == bool(words) and (words or "") in caplog.text, names
+        own = data.report["data_sets"]["data"]["split"]["own"]
+        assert own["test"] == ("test" if names[1].endswith("test") else None)
+
+
 def test_one_file_is_split_by_shared_texts(tmp_path):
     """No query and no passage may be on both sides, or held-out numbers mean nothing."""
     rows = [{"query": f"q{i // 2}", "positive": f"p{i // 3}"} for i in range(0, 300)]

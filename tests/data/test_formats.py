@@ -393,6 +393,30 @@ def test_splits_come_from_file_names_shards_and_usual_aliases(tmp_path: Path) ->
         read(tmp_path)
 
 
+@pytest.mark.parametrize("form", ["squad_{}", "{}_v2", "my.{}", "A-{}-0001", "{}-a-00000-of-00001"])
+def test_a_split_may_be_a_word_of_the_file_name(tmp_path: Path, form: str) -> None:
+    """Otherwise squad_test.jsonl is trained on."""
+    for name in ("Train", "validation", "test"):
+        path = tmp_path / f"{form.format(name)}.jsonl"
+        write_jsonl(path, [{"query": name, "positive": name}])
+    write_jsonl(tmp_path / "testimony.jsonl", [{"query": "other", "positive": "other"}])
+    assert available_splits(source(tmp_path)) == ["train", "dev", "test", "testimony"]
+    for split, word in (("train", "Train"), ("validation", "validation"), ("test", "test")):
+        assert [e.query for e in read(tmp_path, split)] == [word]
+    write_jsonl(tmp_path / "nq_train.jsonl", [{"query": "more", "positive": "more"}])
+    assert {e.query for e in read(tmp_path, "train")} == {"Train", "more"}
+    write_jsonl(tmp_path / "train.jsonl", [{"query": "exact", "positive": "exact"}])
+    assert [e.query for e in read(tmp_path, "train")] == ["exact"]
+
+
+@pytest.mark.parametrize("names", [("a", "b"), ("train_test", "test_b"), ("a_test", "b")])
+def test_names_that_tell_no_splits_are_one_set(tmp_path: Path, names: tuple[str, ...]) -> None:
+    for name in names:
+        write_jsonl(tmp_path / f"{name}.jsonl", [{"query": name, "positive": name}])
+    assert available_splits(source(tmp_path)) == []
+    assert {e.query for e in read(tmp_path)} == set(names)
+
+
 def test_a_lone_file_has_no_splits_unless_it_is_the_one_asked_for(tmp_path: Path) -> None:
     """Reading pairs.jsonl as "test" would evaluate on training rows."""
     path = write_jsonl(tmp_path / "pairs.jsonl", [{"query": "a", "positive": "b"}])
