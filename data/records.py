@@ -236,12 +236,14 @@ def open_bytes(path: Path) -> IO[bytes]:
 def read_lines(path: Path, file: IO[bytes] | None = None) -> Iterator[tuple[int, int, bytes]]:
     """(line number from 1, byte offset, line with its end) of `path`, or of `file` opened from it.
 
-    A UTF-8 byte order mark is left out. Raises ValueError for a damaged gzip file.
+    A UTF-8 byte order mark is left out. Raises ValueError for a damaged gzip file and for UTF-16.
     """
     stream = file if file is not None else open_bytes(path)
     offset = 0
     try:
         for number, raw in enumerate(stream, 1):
+            if number == 1:
+                refuse_utf16(path, raw)
             line = raw[3:] if number == 1 and raw.startswith(b"\xef\xbb\xbf") else raw
             yield number, offset, line
             offset += len(raw)
@@ -250,6 +252,17 @@ def read_lines(path: Path, file: IO[bytes] | None = None) -> Iterator[tuple[int,
     finally:
         if file is None:
             stream.close()
+
+
+def refuse_utf16(path: Path, head: bytes) -> None:
+    """Raises ValueError for the first bytes of a UTF-16 file: no row of it is right, though some
+    lines of it are UTF-8 with a NUL after each letter.
+    """
+    if head.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise ValueError(
+            f"{path}: expected UTF-8 text, found a UTF-16 byte order mark; save the file as UTF-8"
+            f" (iconv -f UTF-16 -t UTF-8 {path.name} > new)"
+        )
 
 
 def read_rows(
@@ -278,10 +291,7 @@ def read_rows(
 
 
 def bad_byte(line: bytes, start: int) -> str:
-    hint = ""
-    if line[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        hint = " (a UTF-16 byte order mark; save the file as UTF-8)"
-    return f"byte 0x{line[start]:02x} at byte {start + 1} of the line{hint}"
+    return f"byte 0x{line[start]:02x} at byte {start + 1} of the line"
 
 
 def short(value: Any, limit: int = 60) -> str:

@@ -22,6 +22,7 @@ from data.records import (
     parse_object,
     read_lines,
     read_rows,
+    refuse_utf16,
     short,
 )
 
@@ -76,6 +77,7 @@ def sniff(path: Path) -> str:
         raise ValueError(f"{path}: expected rows of data, found an empty file")
     if head[:4] == b"PAR1":
         return "parquet"
+    refuse_utf16(path, head)
     text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
     named = extension_format(path)
     if text[:1] == b"{" and named in (None, "jsonl", "tsv", "csv"):

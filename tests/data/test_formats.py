@@ -469,6 +469,24 @@ def test_label_column_is_never_guessed(tmp_path: Path) -> None:
     assert len(read(path, columns={"score": ""})) == 3
 
 
+@pytest.mark.parametrize("on_bad_row", ["error", "skip"])
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.tsv", "rows.csv", "rows", "rows.csv.gz"])
+def test_utf16_is_no_single_bad_row(tmp_path: Path, name: str, on_bad_row: str) -> None:
+    """Every other line of it, read as bytes, is UTF-8 with a NUL after each letter."""
+    kind = name.removesuffix(".gz").partition(".")[2] or "tsv"
+    for encoding in ("utf-16-le", "utf-16-be"):
+        data = "\ufeffquery\tpositive\nq\tp\nr\ts\n".encode(encoding)
+        (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith("gz") else data)
+        for settings in ({}, {"format": kind}):
+            with pytest.raises(
+                ValueError, match="found a UTF-16 byte order mark; save the file as"
+            ):
+                examples = read_examples(
+                    source(tmp_path / name, **settings), None, BadRows(on_bad_row)
+                )
+                list(examples)
+
+
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "tsv", "parquet"])
 @pytest.mark.parametrize("name", ["Label", "labels", "LABELS"])
 def test_a_label_of_any_spelling_must_be_told(tmp_path: Path, kind: str, name: str) -> None:
