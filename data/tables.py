@@ -139,6 +139,7 @@ def _jsonl_rows(path: Path, bad: BadRows) -> Rows:
 HeaderRule = Callable[[str, list[str]], list[str] | None]
 """(path, fields of the first row) -> column names if that row is a header, None if it is data."""
 
+_QUOTED = re.compile(r'"[^"]*(?:""[^"]*)+"')
 _NAME = re.compile(r"[A-Za-z_][\w.-]{0,39}")
 
 
@@ -189,7 +190,17 @@ def positional_names(num_fields: int) -> list[str]:
 
 def _tsv_fields(path: Path, bad: BadRows) -> Iterator[tuple[int, list[str]]]:
     for number, _, line in read_rows(path, bad):
-        yield number, line.split("\t")
+        fields = line.split("\t")
+        yield number, [_unquoted(f) for f in fields] if '""' in line else fields
+
+
+def _unquoted(field: str) -> str:
+    """A field as CSV has it where only CSV can have written it: in quotes, and all quotes inside
+    doubled, of which there are some. Any other quotes are text.
+    """
+    if '""' not in field or not _QUOTED.fullmatch(field):
+        return field
+    return field[1:-1].replace('""', '"')
 
 
 def _csv_fields(path: Path, bad: BadRows) -> Iterator[tuple[int, list[str]]]:

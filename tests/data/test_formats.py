@@ -281,6 +281,19 @@ def test_tsv_has_no_quoting(tmp_path: Path) -> None:
     ]
 
 
+def test_tsv_fields_that_only_csv_writes_are_unquoted(tmp_path: Path) -> None:
+    """pandas' to_csv(sep="\\t") quotes a field that holds a quote, and doubles that."""
+    plain = ['he said "yes"', '"no"', 'a "" b', "plain", '"', 'x"', '""', 'a "b", "c"']
+    with open(tmp_path / "csv.tsv", "w", encoding="utf-8", newline="") as f:
+        writer = csv.writer(f, delimiter="\t", lineterminator="\n")
+        writer.writerows([["query", "positive"], *([p, p] for p in plain)])
+    assert texts(read(tmp_path / "csv.tsv")) == [(p, [p], []) for p in plain]
+    kept = ['"a whole sentence."', '""', '"one" and "two"', '""word""', '"a ""b" c"', '"', 'a ""']
+    path = tmp_path / "kept.tsv"
+    path.write_text("query\tpositive\n" + "".join(f"{k}\t{k}\n" for k in kept), "utf-8")
+    assert texts(read(path)) == [(k, [k], []) for k in kept]
+
+
 def test_tsv_with_and_without_header_read_the_same(tmp_path: Path) -> None:
     """The header must be neither lost nor an example; empty negative cells are no negatives."""
     body = "what is it?\tthat\ta b\tc d\nwho is she?\tAnn\te f\t\n"
