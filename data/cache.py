@@ -2,8 +2,9 @@
 are opened.
 
 What lies under data.cache_dir: tokens-*/ (data/tokens.py), set-*/ (data/reading.py) and guide-*/
-(data/teacher.py), each with a meta.json that holds the size and digest of every other file. All of
-it can be deleted at any time.
+(data/teacher.py), each with a meta.json that holds the size and digest of every other file; and
+digests.json, what large source files were when they were last read. All of it can be deleted at
+any time.
 """
 
 import contextlib
@@ -12,6 +13,7 @@ import logging
 import os
 import shutil
 import tempfile
+import time
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from hashlib import blake2b
@@ -35,6 +37,7 @@ FULL_CHECK_BYTES = (
     1 << 30
 )  # larger files are checked by size and 256 blocks: a second a GB would delay every start
 _SAMPLED_BLOCKS = 256
+SETTLED_NS = 2_000_000_000
 
 
 def digest_of(*parts: Any) -> str:
@@ -59,6 +62,54 @@ def file_digest(path: Path, *, full: bool = False) -> str:
                 f.seek((size - BLOCK) * i // (_SAMPLED_BLOCKS - 1))
                 digest.update(f.read(BLOCK))
     return digest.hexdigest()
+
+
+def remembered_digests(paths: Sequence[Path], cache_dir: Path) -> list[str]:
+    """file_digest(full=True) of each, for source files: one above BLOCK is read again only where
+    its size, time of change or inode is another than when it was last read.
+
+    What is remembered lies in cache_dir/digests.json by absolute path. A damaged file counts as
+    none; of several processes the last one's is kept, and the others' files are read again.
+    """
+    memo_path = cache_dir / "digests.json"
+    memo = _read_memo(memo_path)
+    digests, num_new = [], 0
+    for path in paths:
+        key, stamp = os.path.abspath(path), _stamp(path)
+        is_known = key in memo and memo[key][:3] == stamp
+        digests.append(memo[key][3] if is_known else file_digest(path, full=True))
+        # changed a moment ago, it may change again within one tick of the file system's clock
+        is_settled = stamp == _stamp(path) and time.time_ns() - stamp[1] > SETTLED_NS
+        if not is_known and stamp[0] > BLOCK and is_settled:
+            memo[key] = [*stamp, digests[-1]]
+            num_new += 1
+    if num_new:
+        _write_memo(memo_path, memo)
+    return digests
+
+
+def _read_memo(path: Path) -> dict[str, list]:
+    try:
+        memo = json.loads(path.read_text())
+        return {k: v for k, v in memo.items() if [type(x) for x in v] == [int, int, int, str]}
+    except (OSError, ValueError, AttributeError, TypeError):
+        return {}
+
+
+def _write_memo(path: Path, memo: dict[str, list]) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f"{path.name}.tmp-", dir=path.parent) as folder:
+            temporary = Path(folder, path.name)
+            temporary.write_text(json.dumps(memo, indent=1))
+            os.replace(temporary, path)
+    except OSError as e:
+        log.info("%s cannot be written (%s); the next start reads the source files again", path, e)
+
+
+def _stamp(path: Path) -> list[int]:
+    at = path.stat()
+    return [at.st_size, at.st_mtime_ns, at.st_ino]
 
 
 def path_digest(name: str | Path) -> str | None:

@@ -19,7 +19,7 @@ import numpy as np
 from conf.schema import DataConfig, SourceConfig
 from data.batches import TrainStore
 from data.beir import part
-from data.cache import Strings, built_once, digest_of, file_digest
+from data.cache import Strings, built_once, digest_of, remembered_digests
 from data.formats import (
     BadRows,
     Example,
@@ -128,7 +128,7 @@ def _open_set(
     name: str, source: SourceConfig, c: DataConfig, groups: bool
 ) -> tuple[Path, dict[str, Any]]:
     cache_dir = Path(c.cache_dir)
-    content = _content_digest(source)
+    content = _content_digest(source, cache_dir)
     key = digest_of(
         INDEX_VERSION,
         content,
@@ -140,7 +140,7 @@ def _open_set(
         (c.dev_fraction, c.test_fraction, c.split_seed),
         c.eval_corpus,
         c.on_bad_row,
-        *(["groups", source.texts, _texts_digest(source)] if groups else []),
+        *(["groups", source.texts, _texts_digest(source, cache_dir)] if groups else []),
     )
     folder = cache_dir / f"set-{key}"
     list_path = cache_dir / f"bad_rows-{key}.jsonl"
@@ -191,7 +191,7 @@ def sample_note(leakage: dict[str, Any]) -> str:
     )
 
 
-def _content_digest(source: SourceConfig) -> str:
+def _content_digest(source: SourceConfig, cache_dir: Path) -> str:
     """Of everything that reading the source depends on, its settings left out."""
     if source.format == "toy":
         return f"toy {TOY_VERSION}"
@@ -203,21 +203,21 @@ def _content_digest(source: SourceConfig) -> str:
         files = opened_files(source, own.values())
         if not is_hub and not _is_beir(source):
             tell_files(source, own.values())
-        digests = [(str(f.relative_to(path)), file_digest(f, full=True)) for f in files]
-        return digest_of(own, digests)
+        names = [str(f.relative_to(path)) for f in files]
+        return digest_of(own, names, remembered_digests(files, cache_dir))
     if source.format == "hub" and source.root:
         return _hub_commit(source.root)
     detect(str(source.root or ""))  # raises, saying what is missing
     raise AssertionError
 
 
-def _texts_digest(source: SourceConfig) -> str | None:
+def _texts_digest(source: SourceConfig, cache_dir: Path) -> str | None:
     """Of the texts that rows of ids stand for."""
     if source.texts is None:
         return None
     folder = Path(source.texts).expanduser()
     files = [p for p in (part(folder, n) for n in ("corpus.jsonl", "queries.jsonl")) if p]
-    return digest_of([(f.name, file_digest(f, full=True)) for f in files])
+    return digest_of([f.name for f in files], remembered_digests(files, cache_dir))
 
 
 def _hub_commit(root: str) -> str:

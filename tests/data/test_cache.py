@@ -77,6 +77,43 @@ def test_a_failing_build_leaves_no_folder(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["store.lock"]
 
 
+@pytest.mark.parametrize("memo", ["", "{", "[]", '{"a": 1}', "null", '{"PATH": [1, 2, 3, "x"]}'])
+def test_a_source_file_is_read_again_only_when_it_changed(tmp_path, monkeypatch, memo):
+    """Two gigabytes of unchanged source would delay every start by ten seconds."""
+    monkeypatch.setattr(cache, "BLOCK", 64)
+    paths = [tmp_path / name for name in ("a", "b", "small")]
+    for i, path in enumerate(paths):
+        path.write_bytes(bytes([i]) * (10 if path.name == "small" else 1000))
+        os.utime(path, (1e9, 1e9))
+    folder = tmp_path / "cache"
+    folder.mkdir()
+    (folder / "digests.json").write_text(memo.replace("PATH", str(paths[0])))
+    read = []
+    monkeypatch.setattr(
+        cache, "file_digest", lambda p, **k: read.append(p.name) or file_digest(p, **k)
+    )
+
+    def digests() -> list[str]:
+        read.clear()
+        found = cache.remembered_digests(paths, folder)
+        assert found == [file_digest(p, full=True) for p in paths]
+        return read.copy()
+
+    assert digests() == ["a", "b", "small"]
+    assert digests() == ["small"]
+    paths[0].write_bytes(b"x" * 1000)  # the same size, another time
+    assert digests() == ["a", "small"]
+    assert digests() == ["a", "small"]  # changed just now: not yet remembered
+    (tmp_path / "other").write_bytes(b"y" * 1000)
+    os.utime(tmp_path / "other", (1e9, 1e9))
+    os.replace(tmp_path / "other", paths[1])  # the same size and time, another inode
+    assert digests() == ["a", "b", "small"]
+    paths[1].write_bytes(b"y" * 1001)
+    os.utime(paths[1], (1e9, 1e9))
+    assert digests() == ["a", "b", "small"]
+    assert [p.name for p in folder.iterdir()] == ["digests.json"]
+
+
 @pytest.mark.parametrize("size", [10 * cache.BLOCK, 10 * cache.BLOCK + 17])
 def test_sampled_digests_see_the_ends_and_the_size(tmp_path, monkeypatch, size):
     """Above the full-check size only some blocks are read: first and last must be among them."""
