@@ -1,5 +1,5 @@
 """Folders that are built once, by content: written aside, synced, renamed, checked whenever they
-are opened.
+are opened, files above FULL_CHECK_BYTES in part.
 
 What lies under data.cache_dir: tokens-*/ (data/tokens.py), set-*/ (data/reading.py) and guide-*/
 (data/teacher.py), each with a meta.json that holds the size and digest of every other file; and
@@ -134,8 +134,9 @@ def built_once(
     build  writes its files (no subfolders) into the empty folder it is given; returns JSON-ready
            info
     what   for the log: "tokens of 1,000 passages"
-    A folder that fails its check is built again, with a warning. Of several processes one builds
-    while the others wait; where files cannot be locked each builds and the first to finish wins.
+    A folder that fails its check (see file_digest) is built again, with a warning. Of several
+    processes one builds while the others wait; where files cannot be locked each builds and the
+    first to finish wins.
     """
     meta = _checked(folder, what)
     if meta is not None:
