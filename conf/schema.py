@@ -326,6 +326,7 @@ class SourceConfig:
     format: str = (
         "auto"  # auto (by content) | beir | jsonl | tsv | csv | parquet | hub | pydocs | toy
     )
+    revision: str | None = None  # format=hub: commit, branch or tag; None: the newest
     columns: dict[str, str] = field(
         default_factory=dict
     )  # ours: theirs, e.g. {query: premise, positive: hypothesis}
@@ -347,6 +348,11 @@ class SourceConfig:
             ("auto", "beir", "jsonl", "tsv", "csv", "parquet", "hub", "pydocs", "toy"),
         )
         _require(self.weight > 0, f"data weight ({self.weight}) must be > 0")
+        _require(
+            self.revision is None or self.format == "hub",
+            f"data.revision ({self.revision}) is of a hub data set, got data.format={self.format};"
+            " add data.format=hub, or leave it out",
+        )
 
 
 @dataclass

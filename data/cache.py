@@ -3,8 +3,8 @@ are opened, files above FULL_CHECK_BYTES in part.
 
 What lies under data.cache_dir: tokens-*/ (data/tokens.py), set-*/ (data/reading.py) and guide-*/
 (data/teacher.py), each with a meta.json that holds the size and digest of every other file; and
-digests.json, what large source files were when they were last read. All of it can be deleted at
-any time.
+digests.json, what large source files were when they were last read; hub.json, the commits of hub
+data sets (data/reading.py). All of it can be deleted at any time.
 """
 
 import contextlib
@@ -72,7 +72,11 @@ def remembered_digests(paths: Sequence[Path], cache_dir: Path) -> list[str]:
     none; of several processes the last one's is kept, and the others' files are read again.
     """
     memo_path = cache_dir / "digests.json"
-    memo = _read_memo(memo_path)
+    memo = {
+        k: v
+        for k, v in read_memo(memo_path).items()
+        if isinstance(v, list) and [type(x) for x in v] == [int, int, int, str]
+    }
     digests, num_new = [], 0
     for path in paths:
         key, stamp = os.path.abspath(path), _stamp(path)
@@ -84,19 +88,21 @@ def remembered_digests(paths: Sequence[Path], cache_dir: Path) -> list[str]:
             memo[key] = [*stamp, digests[-1]]
             num_new += 1
     if num_new:
-        _write_memo(memo_path, memo)
+        write_memo(memo_path, memo)
     return digests
 
 
-def _read_memo(path: Path) -> dict[str, list]:
+def read_memo(path: Path) -> dict[str, Any]:
+    """What write_memo wrote; nothing where there is no such file or it is damaged."""
     try:
         memo = json.loads(path.read_text())
-        return {k: v for k, v in memo.items() if [type(x) for x in v] == [int, int, int, str]}
-    except (OSError, ValueError, AttributeError, TypeError):
+    except (OSError, ValueError):
         return {}
+    return memo if isinstance(memo, dict) else {}
 
 
-def _write_memo(path: Path, memo: dict[str, list]) -> None:
+def write_memo(path: Path, memo: dict[str, Any]) -> None:
+    """A small file that may be lost: replaced in one step; a failure is logged."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f"{path.name}.tmp-", dir=path.parent) as folder:
@@ -104,7 +110,7 @@ def _write_memo(path: Path, memo: dict[str, list]) -> None:
             temporary.write_text(json.dumps(memo, indent=1))
             os.replace(temporary, path)
     except OSError as e:
-        log.info("%s cannot be written (%s); the next start reads the source files again", path, e)
+        log.info("%s cannot be written: %s", path, e)
 
 
 def _stamp(path: Path) -> list[int]:

@@ -252,6 +252,11 @@ def _kind(source: SourceConfig) -> str:
     if source.format == "hub":
         if not source.root:
             raise ValueError("data.root is not set; give the hub id: data.root=<owner>/<name>")
+        if source.revision and Path(source.root).exists():
+            raise ValueError(
+                f"data.revision={source.revision} is of a data set of the hub; data.root="
+                f"{source.root} lies here, leave it out"
+            )
         return "hub"
     root = _root(source)
     if source.format == "beir" and not (root.is_dir() and is_beir(root)):
@@ -268,7 +273,7 @@ def available_splits(source: SourceConfig) -> list[str]:
     if kind == "beir":
         return beir_splits(_root(source))
     if kind == "hub":
-        return hub_splits(str(source.root))
+        return hub_splits(str(source.root), source.revision)
     return [name for name in _split_files(source, _root(source)) if name is not None]
 
 
@@ -358,7 +363,7 @@ def _tables(
 ) -> tuple[list[Table], SourceConfig]:
     kind = _kind(source)
     if kind == "hub":
-        table, wanted = hub_table(str(source.root), split, source.filter)
+        table, wanted = hub_table(str(source.root), split, source.filter, source.revision)
         return [table], replace(source, filter=wanted)
     files = _split_files(source, _root(source))[split]
     fixed = None if source.format == "auto" else source.format

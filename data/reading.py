@@ -7,6 +7,7 @@ on the way: bad rows, how it was split, what leaks between the splits.
 # Shapes: E examples, R rows
 
 import logging
+import re
 from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -19,7 +20,7 @@ import numpy as np
 from conf.schema import DataConfig, SourceConfig
 from data.batches import TrainStore
 from data.beir import part
-from data.cache import Strings, built_once, digest_of, remembered_digests
+from data.cache import Strings, built_once, digest_of, read_memo, remembered_digests, write_memo
 from data.formats import (
     BadRows,
     Example,
@@ -128,20 +129,34 @@ def _open_set(
     name: str, source: SourceConfig, c: DataConfig, groups: bool
 ) -> tuple[Path, dict[str, Any]]:
     cache_dir = Path(c.cache_dir)
-    content = _content_digest(source, cache_dir)
-    key = digest_of(
-        INDEX_VERSION,
-        content,
-        source.root,
-        source.format,
-        source.columns,
-        source.filter,
-        (source.train_split, source.dev_split, source.test_split),
-        (c.dev_fraction, c.test_fraction, c.split_seed),
-        c.eval_corpus,
-        c.on_bad_row,
-        *(["groups", source.texts, _texts_digest(source, cache_dir)] if groups else []),
-    )
+
+    def key_of(content: str) -> str:
+        return digest_of(
+            INDEX_VERSION,
+            content,
+            source.root,
+            source.format,
+            source.columns,
+            source.filter,
+            (source.train_split, source.dev_split, source.test_split),
+            (c.dev_fraction, c.test_fraction, c.split_seed),
+            c.eval_corpus,
+            c.on_bad_row,
+            *(["groups", source.texts, _texts_digest(source, cache_dir)] if groups else []),
+        )
+
+    try:
+        content = _content_digest(source, cache_dir)
+    except _NoHub as e:
+        if e.last is None or not (cache_dir / f"set-{key_of(e.last)}").is_dir():
+            raise
+        content = e.last
+        log.warning(
+            "%s: the hub does not answer; taken from the cache as of %s", source.root, content
+        )
+    key = key_of(content)
+    if _is_on_hub(source):  # what is read is what the key says, whatever is pushed meanwhile
+        source = replace(source, revision=content)
     folder = cache_dir / f"set-{key}"
     list_path = cache_dir / f"bad_rows-{key}.jsonl"
     shown = name or source.root or source.format
@@ -205,8 +220,8 @@ def _content_digest(source: SourceConfig, cache_dir: Path) -> str:
             tell_files(source, own.values())
         names = [str(f.relative_to(path)) for f in files]
         return digest_of(own, names, remembered_digests(files, cache_dir))
-    if source.format == "hub" and source.root:
-        return _hub_commit(source.root)
+    if _is_on_hub(source):
+        return _hub_commit(str(source.root), source.revision, cache_dir)
     detect(str(source.root or ""))  # raises, saying what is missing
     raise AssertionError
 
@@ -220,18 +235,45 @@ def _texts_digest(source: SourceConfig, cache_dir: Path) -> str | None:
     return digest_of([f.name for f in files], remembered_digests(files, cache_dir))
 
 
-def _hub_commit(root: str) -> str:
-    """The commit a hub id stands for now."""
+def _is_on_hub(source: SourceConfig) -> bool:
+    root = source.root
+    return source.format == "hub" and bool(root) and not Path(str(root)).expanduser().exists()
+
+
+class _NoHub(ValueError):
+    """The hub cannot be asked; last: the commit it named when it was asked last, if it ever was."""
+
+    last: str | None = None
+
+
+def _hub_commit(root: str, revision: str | None, cache_dir: Path) -> str:
+    """The commit a hub id stands for now, remembered in cache_dir/hub.json; a revision that is a
+    commit stands for itself. Raises ValueError, _NoHub where it is not the hub that says no.
+    """
+    if revision and re.fullmatch("[0-9a-f]{40}", revision):
+        return revision
     name = root.partition(":")[0]
+    shown, memo_path = f"{name}@{revision or ''}", cache_dir / "hub.json"
+    memo = read_memo(memo_path)
     try:
         from huggingface_hub import HfApi
 
-        return str(HfApi().dataset_info(name).sha)
+        commit = str(HfApi().dataset_info(name, revision=revision).sha)
     except Exception as e:  # no package, no network, no such data set
-        raise ValueError(
-            f"data.root={root} is no file or folder here, and the hub does not answer for it"
+        at = f" at revision {revision}" if revision else ""
+        status = getattr(getattr(e, "response", None), "status_code", None)
+        is_answer = status is not None and status < 500
+        error = (ValueError if is_answer else _NoHub)(
+            f"data.root={root}{at} is no file or folder here, and the hub does not answer for it"
             f" ({type(e).__name__}: {e}); check the id and the network, or give a local copy"
-        ) from e
+        )
+        last = memo.get(shown)
+        if isinstance(error, _NoHub) and isinstance(last, str):
+            error.last = last
+        raise error from e
+    if memo.get(shown) != commit:
+        write_memo(memo_path, memo | {shown: commit})
+    return commit
 
 
 def _build(

@@ -321,14 +321,14 @@ def _hub_name(root: str) -> tuple[str, str | None]:
     return name, config or None
 
 
-def hub_splits(root: str) -> list[str]:
+def hub_splits(root: str, revision: str | None = None) -> list[str]:
     """Splits of a hub data set or of a local folder `datasets` reads; [] for a lone Dataset."""
     datasets = _datasets()
     try:
         if is_saved_dataset(Path(root)):
             loaded = datasets.load_from_disk(root)
             return list(loaded) if isinstance(loaded, dict) else []
-        return list(datasets.get_dataset_split_names(*_hub_name(root)))
+        return list(datasets.get_dataset_split_names(*_hub_name(root), revision=revision))
     except (
         Exception
     ) as e:  # whatever the network, the hub or a broken folder raises: say which data it was
@@ -336,7 +336,7 @@ def hub_splits(root: str) -> list[str]:
 
 
 def hub_table(
-    root: str, split: str | None, filter_by: dict[str, Any]
+    root: str, split: str | None, filter_by: dict[str, Any], revision: str | None = None
 ) -> tuple[Table, dict[str, Any]]:
     """(table, filter): names of classes in the filter are replaced by their numbers."""
     datasets = _datasets()
@@ -346,7 +346,9 @@ def hub_table(
             data = data[split] if isinstance(data, dict) else data
         else:
             name, config = _hub_name(root)
-            data = datasets.load_dataset(name, config, split=split, streaming=True)
+            data = datasets.load_dataset(
+                name, config, split=split, streaming=True, revision=revision
+            )
         if data.column_names is None:  # a stream that learns its columns from its first row
             data = data._resolve_features()
     except Exception as e:  # as in hub_splits

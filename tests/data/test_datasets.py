@@ -513,6 +513,72 @@ def test_a_hub_folder_that_changed_deep_down_is_read_again(tmp_path):
     assert found == [60, 30]
 
 
+class Hub:
+    """A hub of one data set: commits by revision, rows of a commit by its letter."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.commits, self.error, self.read = {None: "a" * 40, "v1": "b" * 40}, None, []
+        hub = pytest.importorskip("huggingface_hub")
+        monkeypatch.setattr(hub, "HfApi", lambda: self)
+        here = SimpleNamespace(
+            get_dataset_split_names=lambda name, config, revision: ["train"], load_dataset=self.load
+        )
+        monkeypatch.setattr("data.tables._datasets", lambda: here)
+
+    def dataset_info(self, name: str, revision: str | None) -> SimpleNamespace:
+        if self.error is not None:
+            raise self.error
+        return SimpleNamespace(sha=self.commits[revision])
+
+    def load(self, name: str, config: str, *, split: str, streaming: bool, revision: str):
+        self.read.append(revision)
+
+        class Rows(list):
+            column_names, features = ("query", "positive"), None
+            select_columns = lambda rows, names: rows  # noqa: E731
+
+        return Rows(pairs(20, revision[0]))
+
+
+def test_a_hub_data_set_is_read_at_its_revision_and_starts_without_a_network(
+    tmp_path, monkeypatch, caplog
+):
+    """A branch moves; a name alone would train on other rows, and a cached set needs no hub."""
+    hub = Hub(monkeypatch)
+    some = {"root": "owner/name", "format": "hub"}
+
+    def first_query(**settings) -> str:
+        return open_some(tmp_path, **some, **settings).test["test"].query_texts[0]
+
+    assert first_query()[0] == "a" and set(hub.read) == {"a" * 40}
+    assert first_query(revision="v1")[0] == "b"
+    assert first_query(revision="c" * 40)[0] == "c"
+    hub.error, num_read = ConnectionError("no route"), len(hub.read)
+    assert [first_query()[0], first_query(revision="v1")[0]] == ["a", "b"]
+    assert (
+        f"owner/name: the hub does not answer; taken from the cache as of {'a' * 40}" in caplog.text
+    )
+    assert first_query(revision="c" * 40)[0] == "c" and len(hub.read) == num_read
+    for settings in ({"split_seed": 1}, {"revision": "v2"}):  # no index, or never asked for
+        with pytest.raises(
+            ValueError, match=r"hub does not answer for it \(ConnectionError: no rou"
+        ):
+            first_query(**settings)
+    hub.error.response = SimpleNamespace(status_code=404)  # an answer: it is not there any more
+    with pytest.raises(ValueError, match="hub does not answer for it"):
+        first_query()
+    hub.error = ConnectionError()
+    (tmp_path / "cache" / "hub.json").write_text("[")
+    with pytest.raises(ValueError, match="hub does not answer for it"):
+        first_query()
+    with pytest.raises(ValueError, match=r"data\.revision=v1 is of a data set of the hub"):
+        open_some(tmp_path, root=str(tmp_path), format="hub", revision="v1")
+    with pytest.raises(
+        ValueError, match=r"data\.revision \(v1\) is of a hub data set, got data\.for"
+    ):
+        SourceConfig(root="x.jsonl", revision="v1")
+
+
 def test_a_local_hub_folder_is_read_like_files(tmp_path):
     hub = pytest.importorskip("datasets", reason="the package datasets (extra [hub]) is missing")
     parts = {s: hub.Dataset.from_list(pairs(5, s[0])) for s in ("train", "validation", "test")}
