@@ -52,7 +52,9 @@ FREE_KEYS = (
     "runtime",
     "wandb",
 )
-OWN_PART = ("name", "seed", "runs_dir", "resume")  # have a place of their own in the path, or none
+# Have a place of their own in the path of a run, or none; a folder of another kind has no such
+# places.
+OWN_PART = ("name", "seed", "runs_dir", "resume")
 LOCK_NAME = ".lock"
 MAX_PART = 80  # bytes of the <overrides> part; most file systems take 255
 MAX_DIFF = 200_000  # characters of the uncommitted changes kept in env.json
@@ -142,11 +144,12 @@ def overrides_part(
     Left out unless swept: paths, settings that cannot change results, the experiment. A setting is
     named by its last part where that is unique in `cls`.
     """
+    own_part = OWN_PART if "runs_dir" in cls.__dataclass_fields__ else ()
     leaves = [key.split(".")[-1] for key in known_keys(cls)]
     words, raw = [], []
     for override in overrides:
         key, _, value = override.lstrip("+~").partition("=")
-        if key in OWN_PART or key.split(".")[0].split("/")[0] == "hydra":
+        if key in own_part or key.split(".")[0].split("/")[0] == "hydra":
             continue
         if key not in swept and (key == "experiment" or _is_path(key, cls) or is_free(key)):
             continue

@@ -32,7 +32,7 @@ def run(tmp_path, monkeypatch, capfd):
             if job is not None:
                 job(c, run_dir)
 
-        name = "train" if cls is TrainConfig else "evaluate"
+        name = cls.__name__.removesuffix("Config").lower()
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *args])
         code = 0
         try:
@@ -301,6 +301,17 @@ def test_evaluate_sweep_gives_each_arm_a_folder_under_out(run):
     _, calls, _, _ = run("-m", "model=m/x,n/x", "data=d", "out=o", cls=EvaluateConfig)
     folders = {str(d) for _, d in calls}
     assert len(folders) == 2 and all(f.startswith("o/model-x-") for f in folders)
+
+
+@pytest.mark.parametrize(
+    "cls, stages", [(EvaluateConfig, ["model=m"]), (PrepareConfig, ["stages=[mine]"])]
+)
+def test_a_sweep_over_seed_gives_each_arm_a_folder_under_out(run, cls, stages):
+    """These folders have no part seed<k>: all arms would write into one, the last one alone left."""
+    code, calls, _, err = run("-m", *stages, "data=d", "out=o", "seed=0,1", cls=cls)
+    assert code == 0, err
+    assert len({d for _, d in calls}) == 2
+    assert all(f"seed-{c.seed}" in d.name.split("+") for c, d in calls)
 
 
 def test_errors_of_the_job_keep_their_traceback_where_it_belongs(run, tmp_path):
