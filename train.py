@@ -44,7 +44,13 @@ log = logging.getLogger("train")
 
 
 def train(c: TrainConfig, run_dir: Path) -> None:
-    """One run, from settings to result.json; resumable at any step.
+    """One run, from settings to result.json; resumable at any step, and after any signal."""
+    with Interrupt(run_dir) as interrupt:
+        run(c, run_dir, interrupt)
+
+
+def run(c: TrainConfig, run_dir: Path, interrupt: Interrupt) -> None:
+    """What train() does; `interrupt` is installed.
 
     Under torchrun every process runs this; ranks.on_main() is rank 0 working while the others wait.
     """
@@ -82,7 +88,13 @@ def train(c: TrainConfig, run_dir: Path) -> None:
         ranks.on_main(start_projection, model, data, c, device, precision)
     broadcast_state(ranks, [model, loss_fn], optimizer)
     track = Tracker(c.wandb, run_dir, c)  # rank 0 writes
-    track.truncate(start)
+    row = progress.pop("owed", None)
+    track.truncate(start - 1 if row else start)
+    if row:  # a signal came before the evaluation of this step
+        with clock.paused():
+            values = ranks.on_main(judge.evaluate_dev, *judged, precision=precision)
+        note_step(start, total_steps, row, values, progress, track, clock, c)
+        ranks.on_main(checkpoint.point_best, run_dir, progress)
 
     # 2. the loop: one iteration is one optimiser step
     model.train()
@@ -90,7 +102,7 @@ def train(c: TrainConfig, run_dir: Path) -> None:
     num_examples = [batches.num_examples_until(n) for n in (start, total_steps)]
     bar = tqdm(desc="train", unit="pair", initial=num_examples[0], total=num_examples[1],
                disable=not ranks.is_main)  # fmt: skip
-    with Interrupt() as interrupt, bar:
+    with interrupt.deferred(), bar:
         for step in range(start, total_steps):
             if stops_early(progress, c):
                 log.info("step %d: %d evaluations without a better %s: stopping",
@@ -116,15 +128,12 @@ def train(c: TrainConfig, run_dir: Path) -> None:
 
             values = {}
             if c.eval_every and (done % c.eval_every == 0 or is_last):
-                with clock.paused():
-                    values = ranks.on_main(judge.evaluate_dev, *judged, precision=precision)
-                note_best(progress, done, values, c)
-            if done % c.log_every == 0 or is_last or stops_early(progress, c):
-                numbers |= {"loss": loss.item(), "grad_norm": grad_norm.item(), "lr": lr}
-                numbers |= {"temperature": loss_fn.temperature.item()}
-                track.log(done, **numbers, **clock.rates())
-            if values:
-                track.log(done, **values)
+                with clock.paused():  # a signal comes first: values is None
+                    values = ranks.on_main(interrupt.unless_requested, judge.evaluate_dev,
+                                           *judged, precision=precision)  # fmt: skip
+            row = numbers | {"loss": loss, "grad_norm": grad_norm, "lr": lr}
+            row |= {"temperature": loss_fn.temperature}
+            note_step(done, total_steps, row, values, progress, track, clock, c)
             stop = ranks.first(interrupt.requested)  # a signal to any rank stops all at this step
             if is_last or stop or is_time_to_save(done, progress, c):
                 progress["clock"] = clock.state()
@@ -132,10 +141,8 @@ def train(c: TrainConfig, run_dir: Path) -> None:
                     track.sync()  # the checkpoint claims that its rows exist
                     ranks.on_main(checkpoint.save, run_dir, done, model, loss_fn, optimizer,
                                   progress, keep=c.keep_checkpoints)  # fmt: skip
-            if stop and not is_last:
-                message = (f"\n{stop}: saved at step {done} of {total_steps} in {run_dir};"
-                           " go on with the same command and resume=true")  # fmt: skip
-                raise SystemExit(message if ranks.is_main else 1)
+            if stop:
+                raise interrupt.ended(stop, f"saved at step {done} of {total_steps}")
 
     # 3. the result: small files that a report can read without W&B
     totals = {"steps": done, **clock.totals()}
@@ -226,6 +233,32 @@ def check_finite(
             f"step {step + 1}: loss {loss.item()}, gradient norm {grad_norm.item()} on examples"
             f" {ids}; lower optim.lr or look at these texts"
         )
+
+
+def note_step(
+    done: int,
+    total_steps: int,
+    row: dict,
+    values: dict[str, float] | None,
+    progress: dict,
+    track: Tracker,
+    clock: Clock,
+    c: TrainConfig,
+) -> None:
+    """Log a step where it is due, and note its evaluation in `progress`.
+
+    values  dev metrics; {}: none were due; None: a signal came first, and the resumed run owes
+            them, and what depends on them
+    """
+    if values is None:
+        progress["owed"] = {name: float(value) for name, value in (row | clock.rates()).items()}
+        return
+    if values:
+        note_best(progress, done, values, c)
+    if done % c.log_every == 0 or done == total_steps or stops_early(progress, c):
+        track.log(done, **clock.rates() | row)  # an owed row has its own rates
+    if values:
+        track.log(done, **values)
 
 
 def note_best(progress: dict, step: int, values: dict[str, float], c: TrainConfig) -> None:

@@ -43,7 +43,8 @@ def save(
     """Write checkpoints/step_<step>/ so that it is there whole or not at all; drop all but the
     `keep` newest and best.
 
-    progress  plain values of the loop: best_value, best_step, bad_evaluations
+    progress  plain values of the loop: best_value, best_step, bad_evaluations; owed, the step's row
+              where a signal came before its evaluation
     """
     folder = checkpoint_dir(run_dir, step)
     state = {
@@ -67,7 +68,7 @@ def save(
         os.replace(temporary, folder)
         fsync_dir(folder.parent)
     if progress["best_step"] == step:
-        _point_best_at(folder)
+        point_best(run_dir, progress)
     _prune(run_dir, keep, progress["best_step"])
     return folder
 
@@ -78,8 +79,9 @@ def _prune(run_dir: Path, keep: int, best_step: int | None) -> None:
             shutil.rmtree(checkpoint_dir(run_dir, step), ignore_errors=True)
 
 
-def _point_best_at(folder: Path) -> None:
-    """Move the link checkpoints/best, atomically, to a checkpoint that is whole."""
+def point_best(run_dir: Path, progress: dict) -> None:
+    """Move the link checkpoints/best, atomically, to the best checkpoint, which is whole."""
+    folder = checkpoint_dir(run_dir, progress["best_step"])
     temporary = folder.with_name(f".best.{os.getpid()}")
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(folder.name)

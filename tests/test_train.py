@@ -1,11 +1,15 @@
 """Whole runs on a few rows, in this process: what they leave is what they did."""
 
 import json
+import os
+import signal
 from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
+import train as program
 from conf.schema import (
     DataConfig,
     ModelConfig,
@@ -15,6 +19,7 @@ from conf.schema import (
     TrainConfig,
     WandbConfig,
 )
+from evals import final
 from evals.retrieval import encode_sets, score
 from models.pretrained import load_towers
 from runtime.clock import Clock
@@ -133,6 +138,103 @@ def test_a_run_that_stops_early_logs_its_last_step(config, tmp_path):
     assert result["steps"] == 6  # nothing is learned: the second evaluation is no better
     assert [row["step"] for row in rows if "loss" in row] == [4, 6]
     assert [row["step"] for row in rows if "dev/ndcg@10" in row] == [3, 6]
+
+
+# ------------------------------------------------------------------------------------------ signals
+
+
+def signalled(fn, number: int = signal.SIGTERM, at: int = 1):
+    """fn, whose call number `at` begins with a signal to this process; .calls counts them."""
+
+    def wrapped(*args, **options):
+        wrapped.calls += 1
+        if wrapped.calls == at:
+            os.kill(os.getpid(), number)
+        return fn(*args, **options)
+
+    wrapped.calls = 0
+    return wrapped
+
+
+@pytest.fixture
+def unjudged(monkeypatch) -> None:
+    """Nothing is evaluated before and after the loop."""
+
+    def write_result(c, run_dir, *_, **__):
+        (run_dir / "result.json").write_text('{"is_done": true}')
+
+    monkeypatch.setattr(final, "evaluate_base", lambda *_, **__: {})
+    monkeypatch.setattr(final, "write_result", write_result)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    ("where", "said"),
+    [("evaluate_base", "no step is saved yet in .*; start again with the same command"),
+     ("write_result", "saved at step 6 in .*; go on with the same command and resume=true")],
+)  # fmt: skip
+def test_a_signal_outside_the_loop_ends_the_run_with_a_word(
+    where, said, number, config, tmp_path, monkeypatch, unjudged
+):
+    """SIGTERM's own action says nothing, and hours of training look lost."""
+    before = signal.getsignal(number)
+    with monkeypatch.context() as patch:
+        patch.setattr(final, where, signalled(getattr(final, where), number))
+        with pytest.raises(SystemExit, match=f"{number.name}: {said}"):
+            run(config, tmp_path / "run")
+    assert signal.getsignal(number) is before
+    assert run(config, tmp_path / "run")["is_done"]
+
+
+def saved(run_dir, step: int) -> tuple[dict, list[dict]]:
+    """(checkpoint, rows) without what depends on the clock."""
+    path = run_dir / "checkpoints" / f"step_{step:08d}" / "state.pt"
+    state = torch.load(path, weights_only=True)
+    state["progress"].pop("clock")
+    rows = read_rows(run_dir / "metrics.jsonl")
+    return state, [{k: v for k, v in row.items() if not k.startswith("time.")} for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("where", "at", "step", "dev_evaluations"),
+    [("train_step", 2, 2, 0), ("evaluate_dev", 1, 2, 1), ("evaluate_dev", 3, 6, 3),
+     ("train_step", 6, 6, 2)],
+)  # fmt: skip
+@pytest.mark.parametrize("early_stopping", [0, 2])
+def test_a_signal_saves_before_a_dev_evaluation_which_the_resumed_run_makes_up_for(
+    where, at, step, dev_evaluations, early_stopping, config, tmp_path, monkeypatch, unjudged
+):
+    """After an evaluation of minutes a cluster has killed the run; one that is left out for good
+    would change what is best, and when to stop."""
+    config.eval_every, config.early_stopping = 2, early_stopping
+    config.save_every, config.keep_checkpoints = 2, 9
+    if early_stopping:  # nothing is learned: stops at step 6
+        config.optim.lr, config.optim.steps = 1e-12, 11
+
+    def evaluate_dev(towers, *_, precision):  # another value for other weights
+        return {"dev/ndcg@10": sum(p.double().sum().item() for p in towers.parameters())}
+
+    monkeypatch.setattr(final, "evaluate_dev", evaluate_dev)
+    run(config, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        judge = signalled(evaluate_dev, at=at if where == "evaluate_dev" else 0)
+        patch.setattr(final, "evaluate_dev", judge)
+        if where == "train_step":
+            patch.setattr(program, where, signalled(program.train_step, at=at))
+        with pytest.raises(SystemExit, match=rf"saved at step {step} of \d+ in .* resume=true"):
+            run(config, tmp_path / "cut")
+        assert judge.calls == dev_evaluations
+    assert [row["step"] for row in read_rows(tmp_path / "cut" / "metrics.jsonl")][-1:] != [step]
+    run(config, tmp_path / "cut")
+    for number in range(2, 7, 2):
+        (cut, rows), (whole, rows_whole) = (saved(tmp_path / n, number) for n in ("cut", "whole"))
+        assert rows == rows_whole
+        if number != step:
+            assert cut["progress"] == whole["progress"]
+        for name, weight in whole["towers"].items():
+            assert torch.equal(cut["towers"][name], weight)
+    links = [os.readlink(tmp_path / n / "checkpoints" / "best") for n in ("cut", "whole")]
+    assert links[0] == links[1]
 
 
 def test_shared_questions_are_a_warning_and_in_the_report(config, tmp_path, caplog):

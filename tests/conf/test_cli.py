@@ -307,7 +307,7 @@ def test_evaluate_sweep_gives_each_arm_a_folder_under_out(run):
     "cls, stages", [(EvaluateConfig, ["model=m"]), (PrepareConfig, ["stages=[mine]"])]
 )
 def test_a_sweep_over_seed_gives_each_arm_a_folder_under_out(run, cls, stages):
-    """These folders have no part seed<k>: all arms would write into one, the last one alone left."""
+    """These folders have no part seed<k>: all arms would write into one, and the last be left."""
     code, calls, _, err = run("-m", *stages, "data=d", "out=o", "seed=0,1", cls=cls)
     assert code == 0, err
     assert len({d for _, d in calls}) == 2
