@@ -9,6 +9,7 @@ import logging
 import os
 import shutil
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from torch import nn
@@ -41,7 +42,7 @@ def save(
     keep: int,
 ) -> Path:
     """Write checkpoints/step_<step>/ so that it is there whole or not at all; drop all but the
-    `keep` newest and best.
+    `keep` newest and best. Raises OSError, and leaves nothing half-written, where the disk is full.
 
     progress  plain values of the loop: best_value, best_step, bad_evaluations; owed, the step's row
               where a signal came before its evaluation
@@ -59,18 +60,37 @@ def save(
     if not (folder / "state.pt").is_file():
         temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
         shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        with open(temporary / "state.pt", "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        fsync_dir(temporary)
-        os.replace(temporary, folder)
+        try:
+            temporary.mkdir(parents=True)
+            with open(temporary / "state.pt", "wb") as file:
+                torch.save(state, file)
+                file.flush()
+                os.fsync(file.fileno())
+            fsync_dir(temporary)
+            os.replace(temporary, folder)
+        except (OSError, RuntimeError) as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            _raise_unwritten(run_dir, step, error)
         fsync_dir(folder.parent)
     if progress["best_step"] == step:
         point_best(run_dir, progress)
     _prune(run_dir, keep, progress["best_step"])
     return folder
+
+
+def _raise_unwritten(run_dir: Path, step: int, error: Exception) -> NoReturn:
+    """Raise OSError with what the disk said; `error` itself where it was not the disk."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__context__  # torch.save makes a RuntimeError about positions of it
+    if cause is None:
+        raise error
+    steps = saved_steps(run_dir)
+    raise OSError(
+        f"checkpoint of step {step} cannot be written to {checkpoint_dir(run_dir, step)}"
+        f" ({cause.strerror or cause}); free space and go on with resume=true; last good:"
+        f" {checkpoint_dir(run_dir, steps[-1]).name if steps else 'none'}"
+    ) from error
 
 
 def _prune(run_dir: Path, keep: int, best_step: int | None) -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -11,6 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from runtime import checkpoint
 
 ROOT = Path(__file__).parents[1]
 STEPS = 24
@@ -165,3 +168,27 @@ def test_a_signal_saves_and_says_how_to_go_on(number, tiny_base, tmp_path):
     assert "resume=true" in output and "saved at step" in output
     assert "Traceback" not in output
     assert list((run_dir(tmp_path, "stopped") / "checkpoints").glob("step_*/state.pt"))
+
+
+@pytest.mark.parametrize("size", [4, 500, 14_950])
+def test_a_full_disk_leaves_the_last_good_checkpoint_and_says_so(size, tmp_path):
+    """torch.save speaks of positions in a file instead, and the half-written one takes the rest of
+    the disk."""
+    model, loss_fn = torch.nn.Linear(2 * size, 1), torch.nn.Linear(1, 1)
+    optimizer = torch.optim.AdamW(model.parameters())
+    progress = {"best_value": None, "best_step": None, "bad_evaluations": 0}
+    state = (model, loss_fn, optimizer, progress)
+    checkpoint.save(tmp_path, 2, *state, keep=2)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8 * size, limits[1]))
+    try:
+        with pytest.raises(OSError) as error:
+            checkpoint.save(tmp_path, 4, *state, keep=2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert str(error.value) == (
+        f"checkpoint of step 4 cannot be written to {tmp_path / 'checkpoints' / 'step_00000004'}"
+        " (File too large); free space and go on with resume=true; last good: step_00000002"
+    )
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step_00000002"]
+    assert checkpoint.save(tmp_path, 4, *state, keep=2).is_dir()
