@@ -218,7 +218,8 @@ class TrainStore:
         return sum(self.sizes)
 
     def steps_per_epoch(self, batch_size: int) -> int:
-        """Steps in which the sets give num_examples examples; with one set, every one once."""
+        """Steps in which the sets give num_examples examples, with one set every one once; with
+        mix=one as near to them as whole batches of each set come."""
         return _Plan.of(self, batch_size, seed=0).steps_per_epoch
 
     def num_steps(self, c: OptimConfig) -> int:
@@ -613,11 +614,18 @@ class _Plan:
 
 
 class _PlanBySet(_Plan):
-    """mix=one: each batch from one set; a set's last batch before it starts over may be smaller."""
+    """mix=one: each batch from one set; a set's last batch before it starts over may be smaller.
+
+    An epoch takes of each set the number of batches nearest to its quota, at least one. A batch
+    counts as the mean of the set's batches: of a set of 5 examples all have 5, whatever batch_size.
+    """
 
     def __init__(self, store: TrainStore, batch_size: int, seed: int) -> None:
         super().__init__(store, batch_size, seed)
-        self.batch_quota = -(-self.quota // batch_size)
+        size_D = np.array(store.sizes, np.int64)
+        batches_D = -(-size_D // batch_size)  # from one start to the next
+        # quota / (size / batches) rounded, half up, in whole numbers: exact at quota = size
+        self.batch_quota = np.maximum(1, (2 * self.quota * batches_D + size_D) // (2 * size_D))
 
     @property
     def steps_per_epoch(self) -> int:

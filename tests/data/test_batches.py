@@ -514,6 +514,26 @@ def test_shares_follow_weight_size_and_temperature(weights, temperature):
         assert seen["b"] > 3 * 70, "a small set is drawn more often than once"
 
 
+@pytest.mark.parametrize(
+    ("sizes", "weights"),
+    [((5, 100), (20, 1)), ((40, 1000), (25, 1)), ((99, 99), (1, 1)), ((7, 130, 500), (9, 2, 1))],
+)
+def test_shares_hold_where_each_batch_is_from_one_set(sizes, weights):
+    """Batches of a small set are smaller: as many of them as of a large one are not as many
+    examples, and an epoch is short of them."""
+    sets = [plain(n, weight=w) for n, w in zip(sizes, weights, strict=True)]
+    store = TrainStore(sets, mix="one")
+    plan = Batches(store, batch_size=64, seed=0).plan
+    num_epochs = 48  # every set ends a lap with it: no smaller batch is still to come
+    seen = np.zeros(len(sets))
+    for step in range(num_epochs * store.steps_per_epoch(64)):
+        np.add.at(seen, store.set_of(plan.examples(step)), 1)
+    share = np.multiply(sizes, weights) / np.dot(sizes, weights)
+    mean_batch = np.array([n / -(-n // 64) for n in sizes])
+    # half a batch an epoch, which cannot be cut, and a quota that is a whole number
+    assert (np.abs(seen / num_epochs - share * sum(sizes)) <= mean_batch / 2 + 1).all()
+
+
 @pytest.mark.parametrize("mix", ["mixed", "one"])
 def test_a_set_is_used_up_before_it_starts_over(mix):
     """Over epochs too: the set's own walk goes on where the last epoch left it."""
