@@ -9,10 +9,10 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 .PHONY: quickstart test check setup lint bench gpu gpu-full clean
 
 quickstart: .venv/core
-	@if ls runs/quickstart/*/seed0/result.json >/dev/null 2>&1; then \
+	@if ls runs/quickstart/default/seed0/result.json >/dev/null 2>&1; then \
 		$(BIN)/python train.py +experiment=quickstart resume=true; \
 	else \
-		$(BIN)/python train.py +experiment=quickstart $(if $(wildcard runs/quickstart/*/seed0/checkpoints/step_*),resume=true); \
+		$(BIN)/python train.py +experiment=quickstart $(if $(wildcard runs/quickstart/default/seed0/checkpoints/step_*),resume=true); \
 	fi
 
 test: .venv/dev

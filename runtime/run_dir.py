@@ -226,11 +226,13 @@ def prepare_run_dir(c: Any, overrides: Sequence[str] = (), *, swept: Collection[
     Under torchrun only rank 0 touches the disk; the other ranks get the same path.
     Raises ValueError when the directory holds a result and c.resume is false, holds checkpoints and
     c.resume is false, belongs to a run with other settings, is in use by another process, or cannot
-    be written.
+    be written; and where c.resume, outside a sweep, finds unfinished runs beside it but none here.
     """
     run_dir = run_path(c, overrides, swept=swept)
     if os.environ.get("RANK", "0") != "0":
         return run_dir
+    if c.resume and not swept and not (run_dir / "config.yaml").exists():
+        _check_beside(run_dir, c)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         _lock(run_dir)
@@ -284,6 +286,26 @@ def _check_and_write(run_dir: Path, c: Any, overrides: Sequence[str]) -> None:
     write_json_atomic(run_dir / "env.json", env)
 
 
+def _check_beside(run_dir: Path, c: Any) -> None:
+    """Raise ValueError where other settings of this name and seed have begun and not ended: the
+    settings are part of the path, and one typed otherwise would train from the beginning."""
+    found = []
+    for other in sorted(run_dir.parent.parent.glob(f"*/{run_dir.name}")):
+        checkpoint = last_checkpoint_name(other)
+        if checkpoint is None or is_finished(other) or _is_in_use(other):
+            continue
+        found.append(f"  {other} ({checkpoint})")
+        differing = _differing(other, c)
+        found += [f"    {key}: {old!r} there, {new!r} now" for key, old, new in differing]
+    if found:
+        raise ValueError(
+            f"{run_dir} holds no checkpoint to resume, but unfinished runs beside it do:\n"
+            + "\n".join(found)
+            + "\nto continue one, give its command again (its overrides.txt) with resume=true;"
+            " to start a new run, leave resume=true away"
+        )
+
+
 def is_finished(run_dir: Path) -> bool:
     return (Path(run_dir) / "result.json").is_file()
 
@@ -326,6 +348,20 @@ def _lock(run_dir: Path) -> None:
     except OSError as error:
         log.warning("%s is not locked (%s): do not start it twice at once", run_dir, error.strerror)
     _locks[key] = descriptor
+
+
+def _is_in_use(run_dir: Path) -> bool:
+    """Whether a process, be it this one, holds the lock."""
+    if run_dir.resolve() in _locks:
+        return True
+    try:
+        with open(run_dir / LOCK_NAME, "rb+") as file:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return False
 
 
 def release_run_dir(run_dir: Path) -> None:
@@ -390,6 +426,20 @@ def check_same_data(run_dir: Path, digest: str) -> None:
 
 def _check_same_settings(run_dir: Path, c: Any) -> None:
     """Raise ValueError listing the result-relevant settings that differ from config.yaml."""
+    differing = [
+        f"  {key}: {old!r} in {run_dir / 'config.yaml'}, {new!r} now"
+        for key, old, new in _differing(run_dir, c)
+    ]
+    if differing:
+        raise ValueError(
+            f"{run_dir} cannot be resumed with other settings:\n"
+            + "\n".join(differing)
+            + "\ngive the same settings, or change name= to start a new run"
+        )
+
+
+def _differing(run_dir: Path, c: Any) -> list[tuple[str, Any, Any]]:
+    """(setting, in config.yaml, now) of the result-relevant settings that differ."""
     before, now = _flatten(read_config(run_dir)), _flatten(asdict(c))
     default = _flatten(asdict(type(c)()))
     differing = []
@@ -400,13 +450,8 @@ def _check_same_settings(run_dir: Path, c: Any) -> None:
         # there
         old, new = before.get(key, default.get(key)), now.get(key, default.get(key))
         if old != new and not (old in (None, {}) and new in (None, {})):
-            differing.append(f"  {key}: {old!r} in {run_dir / 'config.yaml'}, {new!r} now")
-    if differing:
-        raise ValueError(
-            f"{run_dir} cannot be resumed with other settings:\n"
-            + "\n".join(differing)
-            + "\ngive the same settings, or change name= to start a new run"
-        )
+            differing.append((key, old, new))
+    return differing
 
 
 # -------------------------------------------------------------------------------------- environment
