@@ -70,11 +70,18 @@ def retrieve(c: "EvaluateConfig") -> tuple[dict[str, Any], "dict[str, Hits]"]:
     from evals import report
     from evals.eval_file import is_eval, read_eval
     from evals.metrics import names_up_to
+    from evals.run_file import check_ids
+    from evals.systems import kind_of
 
     source = SourceConfig(root=c.data, columns=c.columns)
     data = read_retrieval_set(source, split_in(source, c.split))
+    if c.out:
+        check_ids(data)
     names = names_up_to(c.top_k)
     other = read_eval(Path(c.against), data) if c.against and is_eval(Path(c.against)) else None
+    if other is not None and kind_of(c.model) == "retriever":
+        for dim in c.dims:  # raises before anything is encoded
+            counterpart(str(dim), other, True)
     system = evaluate_model(c.model, data, c, names)
     if c.against and other is None:
         other = evaluate_model(c.against, data, c, names)
@@ -142,6 +149,7 @@ def rerank(c: "EvaluateConfig") -> tuple[dict[str, Any], "dict[str, Hits]"]:
     from evals.eval_file import read_eval
     from evals.fusion import fused
     from evals.metrics import evaluate_hits
+    from evals.run_file import check_ids
     from evals.systems import kind_of, labels_of, scores_by
 
     if c.against:
@@ -152,6 +160,8 @@ def rerank(c: "EvaluateConfig") -> tuple[dict[str, Any], "dict[str, Hits]"]:
     if len(c.dims) > 1:
         raise ValueError(f"dims ({c.dims}): of a retriever that scores candidates one is shown")
     data = read_candidates(c, c.split)
+    if c.out:
+        check_ids(data)
     fusion = fit_fusion(c) if c.fuse else None
     models = [c.model, *c.also]
     first, candidates, names = find_candidates(c, data)

@@ -20,10 +20,17 @@ def run_lines(hits: Hits, tag: str) -> Iterator[str]:
     """Lines of a TREC run file: `query Q0 document rank score tag`, best first.
 
     Nine significant digits give every float32 back, so trec_eval, which sorts by score and then by
-    id, reads our order. Raises ValueError on an id that is empty or holds white space: the format
-    cannot carry it.
+    id, reads our order. Raises ValueError as check_ids does.
     """
-    for what, ids in (("query", hits.query_ids), ("document", hits.doc_ids)):
+    check_ids(hits)
+    for row, query_id in enumerate(hits.query_ids):
+        for rank, (doc_id, score) in enumerate(hits.of(row), 1):
+            yield f"{query_id} Q0 {doc_id} {rank} {score:.9g} {tag}\n"
+
+
+def check_ids(of: Hits | RetrievalSet) -> None:
+    """Raise ValueError on an id that is empty or holds white space: a run file cannot carry it."""
+    for what, ids in (("query", of.query_ids), ("document", of.doc_ids)):
         for one in ids:
             if one.split() != [one]:
                 raise ValueError(
@@ -31,9 +38,6 @@ def run_lines(hits: Hits, tag: str) -> Iterator[str]:
                     " space;"
                     " rename it, or leave out= away to have the metrics alone"
                 )
-    for row, query_id in enumerate(hits.query_ids):
-        for rank, (doc_id, score) in enumerate(hits.of(row), 1):
-            yield f"{query_id} Q0 {doc_id} {rank} {score:.9g} {tag}\n"
 
 
 def read_run(path: Path, data: RetrievalSet, k: int) -> Hits:

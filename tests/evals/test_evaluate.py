@@ -171,6 +171,42 @@ def test_against_eval_without_the_asked_dim_is_refused(beir, tiny_base, tmp_path
         evaluate.run(config(tiny_base, beir, dims=[8], against=str(tmp_path / "before")))
 
 
+@pytest.fixture
+def no_encoding(monkeypatch) -> None:
+    from evals import systems
+
+    def load(model, *_):
+        raise AssertionError(f"{model} is loaded, to encode")
+
+    monkeypatch.setattr(systems, "load_retriever", load)
+
+
+@pytest.mark.parametrize("settings", [{}, {"first_stage": "bm25"}])
+def test_ids_that_no_run_file_takes_are_refused_before_anything_is_encoded(
+    settings, beir, tiny_base, tmp_path, no_encoding
+):
+    """After an hour of encoding the metrics would be printed, and eval.json not written."""
+    corpus = beir / "corpus.jsonl"
+    corpus.write_text(corpus.read_text().replace('"d0"', '"d 0"'))
+    qrels = beir / "qrels" / "test.tsv"
+    qrels.write_text(qrels.read_text().replace("\td0\t", "\td 0\t"))
+    with pytest.raises(ValueError, match="document id 'd 0' cannot stand in a TREC run file"):
+        evaluate.run(config(tiny_base, beir, out=str(tmp_path / "out"), **settings))
+    with pytest.raises(AssertionError, match="to encode"):
+        evaluate.run(config(tiny_base, beir, **settings))
+
+
+def test_an_asked_dim_that_against_lacks_is_refused_before_anything_is_encoded(
+    beir, tiny_base, tmp_path, request
+):
+    evaluate.run(config(tiny_base, beir, dims=[16], out=str(tmp_path / "before"), bm25=False))
+    request.getfixturevalue("no_encoding")
+    with pytest.raises(ValueError, match="has no results at 8 dimensions, only at 16"):
+        evaluate.run(config(tiny_base, beir, dims=[16, 8], against=str(tmp_path / "before")))
+    with pytest.raises(AssertionError, match="to encode"):
+        evaluate.run(config(tiny_base, beir, dims=[16], against=str(tmp_path / "before")))
+
+
 def test_importing_evaluate_loads_nothing_heavy():
     """A library named evaluate exists: whoever imports that name must not start torch or Hydra."""
     code = (
