@@ -52,7 +52,7 @@ def test_code_blocks_run_in_order(tiny_base, tmp_path):
         # an untrained model finds all passages alike
         near = "mine.fraction=null mine.near_duplicate=null mine.veto_above=null"
         script = script.replace("'stages=[mine]'", f"'stages=[mine]' {near}")
-        script = script.replace("dims=[384,128]", "dims=[16,8]")
+        script = script.replace("'dims=[384,128]'", "'dims=[16,8]'")
         script = script.replace("runs/mine/default/seed0", trained_in(copy))
         done = subprocess.run(
             ["bash", "-euc", script], cwd=copy, env=env, capture_output=True, text=True
@@ -64,6 +64,13 @@ def test_code_blocks_run_in_order(tiny_base, tmp_path):
             [sys.executable, "-c", block], cwd=copy, env=env, capture_output=True, text=True
         )
         assert done.returncode == 0, f"{block}\n{done.stderr[-4000:]}"
+
+
+def test_lists_in_commands_are_quoted():
+    """zsh takes dims=[384,128] for a pattern and runs nothing: no matches found."""
+    for block in blocks("bash"):
+        unquoted = re.sub(r"'[^'\n]*'|\"[^\"\n]*\"|#.*", "", block)
+        assert not re.search(r"=\S*[\[{*?]", re.sub(r"\$\(.*?\)", "", unquoted)), block
 
 
 def test_every_make_target_and_file_named_is_there():
