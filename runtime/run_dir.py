@@ -226,13 +226,13 @@ def prepare_run_dir(c: Any, overrides: Sequence[str] = (), *, swept: Collection[
     Under torchrun only rank 0 touches the disk; the other ranks get the same path.
     Raises ValueError when the directory holds a result and c.resume is false, holds checkpoints and
     c.resume is false, belongs to a run with other settings, is in use by another process, or cannot
-    be written; and where c.resume, outside a sweep, finds unfinished runs beside it but none here.
+    be written. Warns where c.resume, outside a sweep, finds unfinished runs beside it, none here.
     """
     run_dir = run_path(c, overrides, swept=swept)
     if os.environ.get("RANK", "0") != "0":
         return run_dir
     if c.resume and not swept and not (run_dir / "config.yaml").exists():
-        _check_beside(run_dir, c)
+        _tell_of_runs_beside(run_dir, c)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         _lock(run_dir)
@@ -286,9 +286,10 @@ def _check_and_write(run_dir: Path, c: Any, overrides: Sequence[str]) -> None:
     write_json_atomic(run_dir / "env.json", env)
 
 
-def _check_beside(run_dir: Path, c: Any) -> None:
-    """Raise ValueError where other settings of this name and seed have begun and not ended: the
-    settings are part of the path, and one typed otherwise would train from the beginning."""
+def _tell_of_runs_beside(run_dir: Path, c: Any) -> None:
+    """Warn where other settings of this name and seed have begun and not ended: the settings are
+    part of the path, and one typed otherwise trains from the beginning. No error: jobs of a cluster
+    that differ in a setting all pass resume=true."""
     found = []
     for other in sorted(run_dir.parent.parent.glob(f"*/{run_dir.name}")):
         checkpoint = last_checkpoint_name(other)
@@ -298,12 +299,11 @@ def _check_beside(run_dir: Path, c: Any) -> None:
         differing = _differing(other, c)
         found += [f"    {key}: {old!r} there, {new!r} now" for key, old, new in differing]
     if found:
-        raise ValueError(
-            f"{run_dir} holds no checkpoint to resume, but unfinished runs beside it do:\n"
-            + "\n".join(found)
-            + "\nto continue one, give its command again (its overrides.txt) with resume=true;"
-            " to start a new run, leave resume=true away"
-        )
+        log.warning(
+            "%s holds no checkpoint to resume and starts from the beginning; unfinished runs beside"
+            " it do:\n%s\nto continue one, stop this and give its command again (its"
+            " overrides.txt) with resume=true", run_dir, "\n".join(found),
+        )  # fmt: skip
 
 
 def is_finished(run_dir: Path) -> bool:
