@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
 from models.transformer import Packed
@@ -72,7 +73,7 @@ class AutoEncoder(nn.Module):
             raise ValueError(
                 f"model.dropout ({dropout}): {config.model_type} has no hidden dropout"
             )
-        auto = AutoModelForTextEncoding if config.is_encoder_decoder else AutoModel
+        auto = AutoModelForTextEncoding if _is_encoder_alone(config) else AutoModel
         options = {"config": config, "dtype": torch.float32, "output_loading_info": True}
         model, info = call(auto.from_pretrained, **options)
         missing = sorted(k for k in info["missing_keys"] if "pooler" not in k)
@@ -159,6 +160,15 @@ class AutoEncoder(nn.Module):
             more["use_cache"] = False
         hidden_SLC = self.model(input_ids=ids_SL, attention_mask=mask_SL, **more).last_hidden_state
         return hidden_SLC[place]
+
+
+def _is_encoder_alone(config) -> bool:
+    """Whether the encoder is to be taken out of an architecture that has a decoder too: the folder
+    holds both, or was saved from the encoder alone, as T5EncoderModel is."""
+    if config.is_encoder_decoder:
+        return True
+    encoder = MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES.get(config.model_type, "")
+    return encoder.endswith("EncoderModel") and encoder in (config.architectures or [])
 
 
 def _position_offset(model: nn.Module) -> int:

@@ -139,6 +139,20 @@ def test_encoder_of_an_encoder_decoder_is_taken_alone(tmp_path):
     assert all(p.grad is not None for p in encoder.parameters())
 
 
+def test_export_of_a_t5_encoder_gives_the_same_embeddings_when_read_back(tmp_path):
+    """transformers saves the encoder alone with is_encoder_decoder = false, as if it were all."""
+    vocab_size = save_tokenizer(tmp_path / "m")
+    sizes = {"d_model": 24, "d_kv": 6, "d_ff": 40, "num_layers": 2, "num_heads": 4}
+    config = transformers.T5Config(vocab_size=vocab_size, pad_token_id=0, **sizes)
+    transformers.T5ForConditionalGeneration(config).save_pretrained(tmp_path / "m")
+    towers = build_model(ModelConfig(base=str(tmp_path / "m"))).eval()
+    export(towers, tmp_path / "out", {})
+    back = load_towers(tmp_path / "out").eval()
+    tokens = pack(tokenise(towers.tokenizer_passage, TEXTS, "", 48))
+    with torch.no_grad():
+        assert torch.equal(back.encode_passage(tokens), towers.encode_passage(tokens))
+
+
 def test_settings_reach_the_adapter(tmp_path):
     """Dropout has another name in every architecture; a setting that does nothing is an error."""
     folder = save_model(tmp_path / "m", "bert")
