@@ -4,6 +4,9 @@
 
 import inspect
 import logging
+import re
+from collections.abc import Iterable
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -26,6 +29,23 @@ HIDDEN_DROPOUT = (
     "dropout_rate",
 )
 ATTENTION_DROPOUT = ("attention_probs_dropout_prob", "attention_dropout", "attn_pdrop")
+
+
+# Stored beside an encoder and not needed: what transformers' classes with a head put on top of their
+# base model, by the first part of the name ...
+HEADS = frozenset(
+    "answer_head classification_head classifier cls contact_head decoder dense"
+    " discriminator_predictions embed_out entity_predictions final_logits_bias generator_lm_head"
+    " generator_predictions head lm_head lm_loss lm_predictions logits_proj mask_predictions mlm_head"
+    " mtp output_projection pooler pre_classifier pred_layer predictions projection_head"
+    " qa_classifier qa_outputs score sequence_summary sop_classifier splinter_qass vocab_layer_norm"
+    " vocab_projector vocab_transform".split()
+)
+# ... and constants that older versions stored: positions, causal masks, rotary angles.
+BUFFERS = re.compile(
+    r"(^|\.)(position_ids|token_type_ids|inv_freq|cos_cached|sin_cached|embed_positions\.weights"
+    r"|(attn|attention)\.(bias|masked_bias))$"
+)
 
 
 class AutoEncoder(nn.Module):
@@ -56,7 +76,8 @@ class AutoEncoder(nn.Module):
         """AutoModel of a folder in float32; the encoder alone where the model has a decoder too.
 
         dropout, attention_dropout  as in ModelConfig
-        Raises ValueError when transformers cannot load the folder or weights are missing from it.
+        Raises ValueError when transformers cannot load the folder, when weights are missing from
+        it, and when it holds some, beside heads and buffers, that the model has no place for.
         """
         transformers_logging.disable_progress_bar()
 
@@ -78,16 +99,8 @@ class AutoEncoder(nn.Module):
         model, info = call(auto.from_pretrained, **options)
         missing = sorted(k for k in info["missing_keys"] if "pooler" not in k)
         if missing:
-            more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
-            raise ValueError(
-                f"{folder}: {len(missing)} missing weights: {', '.join(missing[:5])}{more}"
-            )
-        if info["unexpected_keys"]:
-            log.info(
-                "%s: stored weights not needed: %s",
-                folder,
-                ", ".join(sorted(info["unexpected_keys"])),
-            )
+            raise ValueError(f"{folder}: {_first_five(missing, 'missing weights')}")
+        _reject_unexpected(folder, model, info["unexpected_keys"])
         return cls(model, padding_side=padding_side)
 
     @property
@@ -169,6 +182,30 @@ def _is_encoder_alone(config) -> bool:
         return True
     encoder = MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES.get(config.model_type, "")
     return encoder.endswith("EncoderModel") and encoder in (config.architectures or [])
+
+
+def _reject_unexpected(folder: Path, model: PreTrainedModel, keys: Iterable[str]) -> None:
+    """ValueError that names stored weights without a place in `model`: results would be wrong."""
+    parts = {name for name, _ in model.named_children()} - {"pooler"}
+    unknown, known = [], []
+    for key in sorted(keys):
+        first = key.removeprefix(f"{model.base_model_prefix}.").split(".")[0]
+        is_head = first in HEADS and first not in parts  # OPT's body is called decoder
+        (known if is_head or BUFFERS.search(key) else unknown).append(key)
+    if unknown:
+        raise ValueError(
+            f"{folder}: {_first_five(unknown, 'unexpected weights')}: {type(model).__name__} of"
+            f" transformers {version('transformers')} with this config.json does not use them, so"
+            " its results would not be the stored model's. Correct config.json; or, where they are"
+            " not needed, AutoModel.from_pretrained(...).save_pretrained(<new folder>) drops them"
+        )
+    if known:
+        log.info("%s: stored weights not needed: %s", folder, ", ".join(known))
+
+
+def _first_five(keys: list[str], what: str) -> str:
+    more = f" and {len(keys) - 5} more" if len(keys) > 5 else ""
+    return f"{len(keys)} {what}: {', '.join(keys[:5])}{more}"
 
 
 def _position_offset(model: nn.Module) -> int:

@@ -1,6 +1,8 @@
 """The AutoModel adapter: any transformers architecture behind our encoder's interface."""
 
+import json
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -195,3 +197,62 @@ def test_missing_weights_and_unknown_architectures_are_user_errors(tmp_path):
     (folder / "config.json").write_text('{"model_type": "of tomorrow"}')
     with pytest.raises(ValueError, match="transformers cannot load it"):
         load_encoder(folder)
+
+
+def test_a_stored_weight_without_a_place_is_an_error_that_names_it(tmp_path):
+    """transformers drops such weights and goes on: fewer layers, no relative positions."""
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / "distilbert"
+    sizes = {"vocab_size": save_tokenizer(folder), "dim": 24, "n_heads": 4, "hidden_dim": 40}
+    config = transformers.DistilBertConfig(**sizes, n_layers=3, max_position_embeddings=64)
+    transformers.DistilBertModel(config).save_pretrained(folder)
+    load_encoder(folder)
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(settings | {"n_layers": 2}))
+    with pytest.raises(ValueError, match=r"16 unexpected weights: .*layer\.2\..* and 11 more"):
+        load_encoder(folder)
+
+    settings = {"position_embedding_type": "relative_key"}
+    folder = save_model(tmp_path / "bert", "bert", settings=settings)
+    tensors = load_file(folder / "model.safetensors")
+    key = "encoder.layer.1.attention.self.distance_embedding.weight"
+    tensors[key] = torch.randn(131, 6)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"1 unexpected weights: {re.escape(key)}: BertModel of"):
+        load_encoder(folder)
+
+
+@pytest.mark.parametrize(
+    ("kind", "heads"),
+    [
+        ("DistilBert", "MaskedLM SequenceClassification QuestionAnswering"),
+        ("Albert", "PreTraining MaskedLM"),
+        ("Electra", "PreTraining MaskedLM MultipleChoice"),
+        ("DebertaV2", "MaskedLM SequenceClassification"),
+        ("Qwen3", "CausalLM SequenceClassification TokenClassification"),
+    ],
+)
+def test_heads_and_buffers_beside_an_encoder_are_left_out(kind, heads, tmp_path):
+    """Most models of the hub are stored with the head that they were trained with."""
+    from safetensors.torch import load_file, save_file
+
+    config_class = getattr(transformers, f"{kind}Config")
+    config = config_class(vocab_size=40, max_position_embeddings=16, pad_token_id=0)
+    small = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 4}
+    small |= {"intermediate_size": 40, "embedding_size": 24, "head_dim": 6}
+    small |= {"num_key_value_heads": 2, "pooler_hidden_size": 24}
+    for key, value in small.items():
+        if hasattr(config, key):
+            setattr(config, key, value)
+    if hasattr(config, "layer_types"):
+        config.layer_types = ["full_attention"]
+    for head in heads.split():
+        folder = tmp_path / head
+        getattr(transformers, f"{kind}For{head}")(config).save_pretrained(folder)
+        tensors = load_file(folder / "model.safetensors")
+        names = ("position_ids", "attn.bias", "attn.masked_bias", "rotary_emb.inv_freq")
+        old = {f"embeddings.{name}": torch.ones(1, 16) for name in names}
+        old |= {"mask_predictions.dense.bias": torch.ones(24)}  # as DeBERTa-v3's authors store it
+        save_file(tensors | old, folder / "model.safetensors", metadata={"format": "pt"})
+        load_encoder(folder, adapter="automodel")
