@@ -943,7 +943,10 @@ def base_name(base: str | Path) -> str:
 
 
 def prompt_of(settings: dict[str, Any], *names: str) -> str:
-    """The first of the named prompts that the folder has, else its default prompt, else none."""
+    """The first of the named prompts that the folder has, else none.
+
+    default_prompt_name is not read: encode_query and encode_document of sentence-transformers 6 do
+    not use it either, only encode does.
+    """
     prompts = settings.get("prompts") or {}
-    found = [prompts.get(n) for n in (*names, settings.get("default_prompt_name"))]
-    return next((p for p in found if p is not None), "")
+    return next((prompts[n] for n in names if prompts.get(n) is not None), "")

@@ -377,6 +377,32 @@ def test_old_folder_gives_the_embeddings_of_sentence_transformers(tmp_path):
     np.testing.assert_allclose(embed(towers, TEXTS, "passage"), want, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("prompts", "default"),
+    [
+        ({"query": "query : "}, "query"),
+        ({"r": "query : "}, "r"),
+        ({"document": "passage : ", "r": "a : "}, "r"),
+    ],
+)
+def test_a_default_prompt_is_put_before_no_text_as_in_encode_query_and_encode_document(
+    prompts, default, tmp_path
+):
+    """Taken where a side has no prompt of its own, it would put queries' words before passages."""
+    from sentence_transformers import SentenceTransformer
+
+    modules = st_modules(save_model(tmp_path / "m", "bert"))
+    SentenceTransformer(modules=modules, device="cpu").save(str(tmp_path / "st"))
+    settings = tmp_path / "st" / "config_sentence_transformers.json"
+    edit_json(settings, prompts=prompts, default_prompt_name=default)  # save() would name all sides
+    model = SentenceTransformer(str(tmp_path / "st"), device="cpu")
+    towers = load_towers(tmp_path / "st")
+    assert model.default_prompt_name == default
+    np.testing.assert_allclose(embed(towers, TEXTS, "query"), model.encode_query(TEXTS), atol=1e-5)
+    want = model.encode_document(TEXTS)
+    np.testing.assert_allclose(embed(towers, TEXTS, "passage"), want, atol=1e-5)
+
+
 @pytest.mark.parametrize("trailing", [False, True])
 def test_router_becomes_two_towers(trailing, tmp_path):
     """Two encoders of different layouts; Normalize in each route, or once after the Router."""
