@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import re
+import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -369,7 +370,10 @@ def _stored_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
                 for key in f.keys():
                     yield key, f.get_tensor(key)
         else:
-            yield from torch.load(path, map_location="cpu", weights_only=True, mmap=True).items()
+            is_zip = zipfile.is_zipfile(path)  # torch before 1.6 wrote no zip, which cannot be mapped
+            yield from torch.load(
+                path, map_location="cpu", weights_only=True, mmap=is_zip
+            ).items()
     except (OSError, RuntimeError, EOFError) as error:
         raise ValueError(f"{path} cannot be read: {error}; download or copy it again") from error
     except Exception as error:  # SafetensorError and UnpicklingError derive from Exception alone

@@ -108,6 +108,22 @@ def test_sharded_and_pickled_weights_equal_one_safetensors_file(tmp_path):
         load_encoder(sharded)
 
 
+def test_pickled_weights_of_torch_before_1_6_are_read(tmp_path):
+    """Not a zip file, so it cannot be mapped into memory; old models of the hub are stored so."""
+    folder = save_model(tmp_path / "m", "bert")
+    wanted, _ = load_encoder(folder)
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    path = folder / "pytorch_model.bin"
+    torch.save(tensors, path, _use_new_zipfile_serialization=False)
+    got, _ = load_encoder(folder)
+    for key, tensor in wanted.state_dict().items():
+        assert torch.equal(got.state_dict()[key], tensor), key
+    path.write_bytes(path.read_bytes()[:5000])
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin cannot be read: .*copy it again"):
+        load_encoder(folder)
+
+
 def test_half_precision_and_tensorflow_names_are_read_as_float32(tmp_path):
     """Master weights must be float32; checkpoints converted from TensorFlow say gamma and beta."""
     folder = save_model(tmp_path / "m", "bert")
