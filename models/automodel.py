@@ -31,15 +31,15 @@ HIDDEN_DROPOUT = (
 ATTENTION_DROPOUT = ("attention_probs_dropout_prob", "attention_dropout", "attn_pdrop")
 
 
-# Stored beside an encoder and not needed: what transformers' classes with a head put on top of their
-# base model, by the first part of the name ...
+# Stored beside an encoder and not needed: what transformers' classes with a head put on top of
+# their base model, by the first part of the name ...
 HEADS = frozenset(
     "answer_head classification_head classifier cls contact_head decoder dense"
     " discriminator_predictions embed_out entity_predictions final_logits_bias generator_lm_head"
-    " generator_predictions head lm_head lm_loss lm_predictions logits_proj mask_predictions mlm_head"
-    " mtp output_projection pooler pre_classifier pred_layer predictions projection_head"
-    " qa_classifier qa_outputs score sequence_summary sop_classifier splinter_qass vocab_layer_norm"
-    " vocab_projector vocab_transform".split()
+    " generator_predictions head lm_head lm_loss lm_predictions logits_proj mask_predictions"
+    " mlm_head mtp output_projection pooler pre_classifier pred_layer predictions"
+    " projection_head qa_classifier qa_outputs score sequence_summary sop_classifier"
+    " splinter_qass vocab_layer_norm vocab_projector vocab_transform".split()
 )
 # ... and constants that older versions stored: positions, causal masks, rotary angles.
 BUFFERS = re.compile(
@@ -83,9 +83,12 @@ class AutoEncoder(nn.Module):
 
         def call(load, *args, **options):
             try:
-                return load(folder, *args, local_files_only=True, **options)
+                options |= {"local_files_only": True, "trust_remote_code": False}
+                return load(folder, *args, **options)
             except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
                 reason = str(error).strip().split("\n")[0]
+                if "trust_remote_code" in str(error):  # its advice is a setting that we do not have
+                    reason = "the model needs custom code, which is not run; name another model"
                 raise ValueError(f"{folder}: transformers cannot load it: {reason}") from error
 
         config = call(AutoConfig.from_pretrained)

@@ -508,7 +508,9 @@ def _converted_tokenizer(folder: Path) -> Tokenizer:
     from transformers import AutoTokenizer  # folders of long ago alone
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
         backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     except Exception as error:
         raise ValueError(

@@ -223,6 +223,21 @@ def test_a_stored_weight_without_a_place_is_an_error_that_names_it(tmp_path):
         load_encoder(folder)
 
 
+def test_custom_code_is_neither_run_nor_offered(tmp_path, monkeypatch):
+    """transformers asks on a terminal "Do you wish to run the custom code? [y/N]"."""
+    folder = save_model(tmp_path / "m", "bert")
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "mine", "auto_map": {"AutoConfig": "mine.C", "AutoModel": "mine.M"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "mine.py").write_text("raise SystemExit('custom code was run')")
+    monkeypatch.setattr("builtins.input", lambda *prompt: "y")
+    with pytest.raises(ValueError, match="the model needs custom code, which is not run"):
+        load_encoder(folder)
+    # code beside a model that transformers knows is left alone
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "bert"}))
+    load_encoder(folder, adapter="automodel")
+
+
 @pytest.mark.parametrize(
     ("kind", "heads"),
     [
