@@ -1,10 +1,11 @@
 """Evaluate a model: python evaluate.py model=<run, folder or hub id> data=<BEIR folder>
 
-A retriever searches all documents: every text is encoded once, every dimension comes from the same
-embeddings. A cross-encoder reranks: what first_stage= finds, or the candidates that the data brings
-(first_stage=data); with also=[...] several models side by side, with fuse= its scores and another's
-averaged. Settings: conf/schema.py, EvaluateConfig. Prints tables; with out=<folder> also writes
-eval.json (means, intervals and the value of every query) and run.trec.
+A retriever searches all documents: every text is encoded once, every dimension and storage
+precision comes from the same embeddings. A cross-encoder reranks: what first_stage= finds, or the
+candidates that the data brings (first_stage=data); with also=[...] several models side by side,
+with fuse= its scores and another's averaged. Settings: conf/schema.py, EvaluateConfig. Prints
+tables; with out=<folder> also writes eval.json (means, intervals and the value of every query) and
+run.trec.
 """
 
 import logging
@@ -12,6 +13,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,17 +73,19 @@ def retrieve(c: "EvaluateConfig") -> tuple[dict[str, Any], "dict[str, Hits]"]:
     from evals.eval_file import is_eval, read_eval
     from evals.metrics import names_up_to
     from evals.run_file import check_ids
-    from evals.systems import kind_of
+    from evals.systems import kind_of, precisions_of, vector_label
 
     source = SourceConfig(root=c.data, columns=c.columns)
     data = read_retrieval_set(source, split_in(source, c.split))
     if c.out:
         check_ids(data)
     names = names_up_to(c.top_k)
-    other = read_eval(Path(c.against), data) if c.against and is_eval(Path(c.against)) else None
-    if other is not None and kind_of(c.model) == "retriever":
-        for dim in c.dims:  # raises before anything is encoded
-            counterpart(str(dim), other, True)
+    other = None
+    if c.against and is_eval(Path(c.against)):
+        other = read_eval(Path(c.against), data, c.precision)
+        if kind_of(c.model) == "retriever":
+            for dim, precision in product(c.dims, precisions_of(c)):  # before anything is encoded
+                counterpart(vector_label(dim, precision, c), other, True)
     system = evaluate_model(c.model, data, c, names)
     if c.against and other is None:
         other = evaluate_model(c.against, data, c, names)
@@ -115,7 +119,7 @@ def retrieve(c: "EvaluateConfig") -> tuple[dict[str, Any], "dict[str, Hits]"]:
 def evaluate_model(
     model: str, data: "RetrievalSet", c: "EvaluateConfig", names: list[str]
 ) -> "System":
-    """Search and metrics at every dim, from one encoding."""
+    """Search and metrics at every dim and precision, from one encoding."""
     from evals.eval_file import System
     from evals.metrics import evaluate_hits
     from evals.systems import search_by
@@ -127,16 +131,19 @@ def evaluate_model(
 
 
 def counterpart(label: str, other: "System", dims_were_asked: bool) -> str:
-    """The label of `other` that `label` is compared with: the same dim; else its only one, or its
-    full width."""
+    """The label of `other` that `label` is compared with: the same dim and precision; else its only
+    one, or its full width at that precision."""
     if label in other.metrics:
         return label
-    dims = [theirs for theirs in other.metrics if theirs != "bm25"]
-    if not dims or label == "bm25" or not dims_were_asked:
-        return dims[0] if dims else "bm25"
-    raise ValueError(
-        f"against={other.name} has no results at {label} dimensions, only at {', '.join(dims)}"
-    )
+    found = [theirs for theirs in other.metrics if theirs != "bm25"]
+    dim, _, precision = label.partition(" ")
+    same = [theirs for theirs in found if theirs.partition(" ")[2] in ("", precision)]
+    if not dim.isdigit() or not any(theirs[0].isdigit() for theirs in found):
+        same, dims_were_asked = found, False  # a side without vectors: nothing has to agree
+    if not found or (same and not dims_were_asked):
+        return same[0] if found else "bm25"
+    what = f"{dim} dimensions" + (f" and {precision}" if precision else "")
+    raise ValueError(f"against={other.name} has no results at {what}, only at {', '.join(found)}")
 
 
 # ---------------------------------------------------------------------------------------- reranking
@@ -156,6 +163,10 @@ def rerank(c: "EvaluateConfig") -> tuple[dict[str, Any], "dict[str, Hits]"]:
         raise ValueError(
             f"against={c.against} compares retrievers; put it in also=[...], which takes models and"
             " the eval.json of an earlier evaluation"
+        )
+    if isinstance(c.precision, list):
+        raise ValueError(
+            f"precision ({c.precision}): a first stage searches at one, candidates need none"
         )
     if len(c.dims) > 1:
         raise ValueError(f"dims ({c.dims}): of a retriever that scores candidates one is shown")
@@ -402,10 +413,15 @@ def tables(result: Mapping[str, Any], c: "EvaluateConfig") -> str:
         *(label for label in metrics if label != "bm25"),
     ]
     shown = {
-        label: f"dim {label}" if label.isdigit() else report.label_of(label) for label in order
+        label: f"dim {label.replace(' ', ', ')}"
+        if label.partition(" ")[0].isdigit()
+        else report.label_of(label)
+        for label in order
     }
+    precisions = c.precision if isinstance(c.precision, list) else [c.precision]
     parts = [
-        f"\n{c.model} on {c.data} ({c.split}): {sizes(result)}, {c.precision} document vectors\n",
+        f"\n{c.model} on {c.data} ({c.split}): {sizes(result)}, {', '.join(precisions)} document"
+        " vectors\n",
         report.metrics_table(
             {shown[label]: metrics[label] for label in order},
             intervals={shown[label]: result["ci95"][label] for label in order},

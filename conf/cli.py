@@ -672,6 +672,8 @@ Evaluate a model on a test set: python {program} model=<model> data=<test set> [
       several models side by side on the candidates that labelled rows bring
 
   split=test|dev|...   'dims=[...]'   precision=fp32|bf16|int8|binary   bm25=true|false
+  'precision=[fp32,int8,binary]'   several from one encoding, in rows "dim 384, int8"; in eval.json
+      under "384 int8", in out= as run_384_int8.trec (run.trec is the first)
 """,
     "prepare": """\
 Make a training set: python {program} 'stages=[<stage>,...]' data=<data> out=<folder>

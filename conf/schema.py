@@ -719,7 +719,7 @@ class EvaluateConfig:
     data: str = MISSING  # BEIR folder, or anything data.formats reads
     split: str = "test"
     dims: list[int] = field(default_factory=list)  # empty: the full dimension
-    precision: str = "fp32"  # of the stored document vectors: fp32 | bf16 | int8 | binary
+    precision: Any = "fp32"  # of stored document vectors: fp32 | bf16 | int8 | binary, or a list
     against: str | None = None  # another model, or an eval.json
     # what puts candidates in order (a cross-encoder, or any model where one of these is set)
     first_stage: str | None = None  # bm25 | retriever | run file; data: the data's own candidates
@@ -743,7 +743,15 @@ class EvaluateConfig:
     columns: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _one_of("precision", self.precision, ("fp32", "bf16", "int8", "binary"))
+        precisions = self.precision if isinstance(self.precision, list) else [self.precision]
+        for precision in precisions:
+            _one_of("precision", precision, ("fp32", "bf16", "int8", "binary"))
+        _require(
+            0 < len(precisions) == len(set(precisions)),
+            f"precision ({self.precision}) must be one, or a list of different ones",
+        )
+        if len(precisions) == 1:  # a list of one is one: the same eval.json
+            self.precision = precisions[0]
         _one_of("encode_precision", self.encode_precision, ("auto", "fp32", "bf16"))
         _one_of("device", self.device, ("auto", "cpu", "cuda", "mps"))
         _require(self.top_k >= 10, f"top_k ({self.top_k}) must be >= 10")

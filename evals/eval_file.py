@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class System:
-    """Results of one model: label ("384", "bm25", a model's name) -> hits and metrics.
+    """Results of one model: label ("384", "384 int8", "bm25", a model's name) -> hits and metrics.
 
     There are no hits when it was read from an eval.json.
     """
@@ -46,8 +46,12 @@ def is_eval(path: Path) -> bool:
     return path.suffix == ".json" or ((path / "eval.json").is_file() and not holds_model)
 
 
-def read_eval(path: Path, data: RetrievalSet) -> System:
-    """A System from eval.json. Raises ValueError when it is damaged or of another test set."""
+def read_eval(path: Path, data: RetrievalSet, precision: str | list[str] | None = None) -> System:
+    """A System from eval.json. Raises ValueError when it is damaged or of another test set.
+
+    precision  of the evaluation it is compared in, where one of the two has several: labels are as
+               that one's, and what it holds at other precisions is left out (see _labels_at)
+    """
     path = path / "eval.json" if path.is_dir() else path
     content = read_json(path)
     if content.get("test_set") != digest_of(data):
@@ -72,11 +76,29 @@ def read_eval(path: Path, data: RetrievalSet) -> System:
             )
             for label in own
         }
+        if precision is not None:
+            metrics = _labels_at(precision, metrics, content.get("precision", "fp32"))
     except (KeyError, TypeError) as e:
         raise ValueError(
             f"{path}: expected an eval.json as evaluate.py writes it, found no {e}"
         ) from e
     return System(f"{path} ({model})", metrics, {})
+
+
+def _labels_at(
+    now: str | list[str], metrics: dict[str, Metrics], then: str | list[str]
+) -> dict[str, Metrics]:
+    """Results at precision(s) `then` under the labels of an evaluation at `now`.
+
+    "384" at fp32 is "384 fp32" beside several precisions; of several, "384 int8" is "384" beside
+    int8 alone. Two evaluations at one precision each are compared as they are, whatever it is.
+    """
+    if isinstance(then, str) and isinstance(now, list):
+        return {f"{k} {then}" if k.isdigit() else k: one for k, one in metrics.items()}
+    if isinstance(then, list) and isinstance(now, str):
+        found = {k.removesuffix(f" {now}"): one for k, one in metrics.items()}
+        return {k: one for k, one in found.items() if " " not in k} or metrics
+    return metrics
 
 
 def read_json(path: Path) -> dict[str, Any]:

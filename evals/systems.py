@@ -62,11 +62,20 @@ def labels_of(models: Sequence[str]) -> list[str]:
     return labels
 
 
+def precisions_of(c: EvaluateConfig) -> list[str]:
+    return c.precision if isinstance(c.precision, list) else [c.precision]
+
+
+def vector_label(dim: int, precision: str, c: EvaluateConfig) -> str:
+    """The label of a search by vectors: "384", or "384 int8" where c has several precisions."""
+    return f"{dim} {precision}" if isinstance(c.precision, list) else str(dim)
+
+
 def search_by(
     model: str, data: RetrievalSet, k: int, c: EvaluateConfig, dims: Sequence[int] = ()
 ) -> dict[str, Hits]:
     """The k best of all documents: label -> hits. Labels are bm25, run, or the dims of a retriever,
-    greatest first, all from one encoding.
+    greatest first, all from one encoding; with several precisions "384 int8", in their order.
 
     Raises ValueError for a model that cannot search.
     """
@@ -88,12 +97,13 @@ def search_by(
     q_QD, p_ND = encode_sets(towers, {data.name: data}, progress="encode", **options)[data.name]
     order_N = descending_ids(data.doc_ids)
     return {
-        str(dim): search(
+        vector_label(dim, precision, c): search(
             q_QD, p_ND, data.doc_ids, data.query_ids,
-            k=k, dim=dim, precision=c.precision, device=next(towers.parameters()).device,
+            k=k, dim=dim, precision=precision, device=next(towers.parameters()).device,
             order_N=order_N, shares_ids=data.shares_ids,
         )
         for dim in sorted(set(dims), reverse=True) or [towers.width]
+        for precision in precisions_of(c)
     }  # fmt: skip
 
 

@@ -85,6 +85,75 @@ def test_trec_eval_reads_the_same_numbers_from_the_run_files(beir, tiny_base, tm
             assert abs(result["metrics"][label][ours] - mean) <= 1e-9
 
 
+def test_several_precisions_come_from_one_encoding_and_equal_those_asked_alone(
+    beir, tiny_base, tmp_path, monkeypatch, capsys
+):
+    """Three encodings of a corpus to see what smaller vectors cost would cost more than they."""
+    from evals import systems
+
+    calls = []
+    original = systems.encode_sets
+    monkeypatch.setattr(
+        systems, "encode_sets", lambda *a, **k: calls.append(1) or original(*a, **k)
+    )
+    asked = ["fp32", "int8", "binary"]
+    options = {"dims": [8, 16], "bm25": False}
+    both = config(tiny_base, beir, precision=asked, out=str(tmp_path / "both"), **options)
+    result = evaluate.run(both)
+    assert len(calls) == 1
+    printed = capsys.readouterr().out
+    assert "dim 16, int8" in printed and "fp32, int8, binary document vectors" in printed
+    labels = [f"{dim} {precision}" for dim in (16, 8) for precision in asked]
+    assert list(result["metrics"]) == labels
+    assert result["bytes_per_document"]["8 binary"] == 1
+    names = ["eval.json", "run.trec", *(f"run_{k.replace(' ', '_')}.trec" for k in labels[1:])]
+    assert sorted(p.name for p in (tmp_path / "both").iterdir()) == sorted(names)
+    for precision in asked:
+        out = tmp_path / precision
+        alone = evaluate.run(config(tiny_base, beir, precision=precision, out=str(out), **options))
+        for dim in ("16", "8"):
+            assert alone["metrics"][dim] == result["metrics"][f"{dim} {precision}"]
+            assert (
+                alone["per_query"]["values"][dim]
+                == (result["per_query"]["values"][f"{dim} {precision}"])
+            )
+    one = config(tiny_base, beir, precision=["int8"], out=str(tmp_path / "int8"), **options)
+    evaluate.run(one)  # a list of one is the same evaluation
+
+
+def test_against_compares_the_same_precision(beir, tiny_base, tmp_path):
+    """An eval.json of one precision among several, and of several beside one."""
+    options = {"dims": [8], "bm25": False}
+    several = ["int8", "binary"]
+    one, both, binary = (str(tmp_path / name) for name in ("one", "both", "binary"))
+    evaluate.run(config(tiny_base, beir, precision="int8", out=one, **options))
+    evaluate.run(config(tiny_base, beir, precision="binary", out=binary, **options))
+
+    def labels_and_diffs(**asked):
+        found = evaluate.run(config(tiny_base, beir, **options, **asked))["against_result"]
+        return found["label"], {k: v["ndcg@10"]["diff"] for k, v in found["delta"].items()}
+
+    same = {"8 int8": "8 int8", "8 binary": "8 binary"}
+    zero = dict.fromkeys(same, 0.0)
+    assert labels_and_diffs(precision=several, against=str(tiny_base), out=both) == (same, zero)
+    assert labels_and_diffs(precision=several, against=both) == (same, zero)
+    assert labels_and_diffs(precision="binary", against=both) == ({"8": "8"}, {"8": 0.0})
+    # two evaluations at one precision each are compared whatever it is
+    assert labels_and_diffs(precision="binary", against=one)[1]["8"] != 0
+    with pytest.raises(ValueError, match="no results at 8 dimensions and binary, only at 8 int8"):
+        labels_and_diffs(precision=several, against=one)
+    with pytest.raises(ValueError, match="no results at 8 dimensions, only at 8 int8, 8 binary"):
+        labels_and_diffs(precision="fp32", against=both)
+    bm25 = evaluate.run(config("bm25", beir, against=both, precision=several))["against_result"]
+    assert bm25["label"] == {"bm25": "8 int8"}
+    label, _ = labels_and_diffs(precision=several, against="bm25")
+    assert label == {"8 int8": "bm25", "8 binary": "bm25"}
+    with pytest.raises(ValueError, match="must be one, or a list of different ones"):
+        config(tiny_base, beir, precision=["int8", "int8"])
+    with pytest.raises(ValueError, match="candidates need none"):
+        evaluate.run(config(tiny_base, beir, precision=several, first_stage="bm25"))
+
+
 @pytest.mark.slow
 def test_a_second_run_writes_the_same_bytes(beir, tiny_base, tmp_path):
     """In another process, under another hash seed and from the command line."""
