@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from conf.schema import EvaluateConfig, SourceConfig
-    from data.records import RerankSet, RetrievalSet
+    from data.records import BadRows, RerankSet, RetrievalSet
     from evals.eval_file import System
     from evals.metrics import Metrics
     from evals.rerank import Candidates, Scores
@@ -44,10 +44,10 @@ def run(c: "EvaluateConfig", out: Path | None = None) -> dict[str, Any]:
     inputs = inputs_of(c)
     if out is not None:
         check_out(out, inputs)
-    with own_names():
+    with own_names(), bad_rows(c, out) as bad:
         reranks = is_reranking(c)
-        found, hits = rerank(c) if reranks else retrieve(c)
-    result = inputs | found
+        found, hits = rerank(c, bad) if reranks else retrieve(c, bad)
+    result = inputs | found | {"num_bad_rows": bad.count}
     print(rerank_tables(result) if reranks else tables(result, c))
     if out is not None:
         write_files(out, result, hits)
@@ -65,7 +65,7 @@ def is_reranking(c: "EvaluateConfig") -> bool:
 # ---------------------------------------------------------------------------------------- retrieval
 
 
-def retrieve(c: "EvaluateConfig") -> tuple[dict[str, Any], "dict[str, Hits]"]:
+def retrieve(c: "EvaluateConfig", bad: "BadRows") -> tuple[dict[str, Any], "dict[str, Hits]"]:
     """What eval.json holds beside the settings, and hits by label."""
     from conf.schema import SourceConfig
     from data.formats import read_retrieval_set
@@ -76,7 +76,7 @@ def retrieve(c: "EvaluateConfig") -> tuple[dict[str, Any], "dict[str, Hits]"]:
     from evals.systems import kind_of, precisions_of, vector_label
 
     source = SourceConfig(root=c.data, columns=c.columns)
-    data = read_retrieval_set(source, split_in(source, c.split))
+    data = read_retrieval_set(source, split_in(source, c.split), bad)
     if c.out:
         check_ids(data)
     names = names_up_to(c.top_k)
@@ -149,7 +149,7 @@ def counterpart(label: str, other: "System", dims_were_asked: bool) -> str:
 # ---------------------------------------------------------------------------------------- reranking
 
 
-def rerank(c: "EvaluateConfig") -> tuple[dict[str, Any], "dict[str, Hits]"]:
+def rerank(c: "EvaluateConfig", bad: "BadRows") -> tuple[dict[str, Any], "dict[str, Hits]"]:
     """As retrieve(), for c.model and c.also on the same candidates; the first system, which is the
     first stage where there is one, is what the others are compared with."""
     from evals import report
@@ -170,10 +170,10 @@ def rerank(c: "EvaluateConfig") -> tuple[dict[str, Any], "dict[str, Hits]"]:
         )
     if len(c.dims) > 1:
         raise ValueError(f"dims ({c.dims}): of a retriever that scores candidates one is shown")
-    data = read_candidates(c, c.split)
+    data = read_candidates(c, c.split, bad)
     if c.out:
         check_ids(data)
-    fusion = fit_fusion(c) if c.fuse else None
+    fusion = fit_fusion(c, bad) if c.fuse else None
     models = [c.model, *c.also]
     first, candidates, names = find_candidates(c, data)
     if first is not None:
@@ -240,7 +240,7 @@ def in_order(
     return candidate_hits(data, scores) if first is None else reordered(first, c.rerank_k, scores)
 
 
-def fit_fusion(c: "EvaluateConfig") -> dict[str, Any]:
+def fit_fusion(c: "EvaluateConfig", bad: "BadRows") -> dict[str, Any]:
     """{"with", "weight"} of c.fuse, and where the weight was chosen on split dev {"dev": nDCG@10 at
     each weight}. Raises ValueError, before the long work, where there is no such split to choose on
     and for a fuse= that has no scores."""
@@ -265,7 +265,7 @@ def fit_fusion(c: "EvaluateConfig") -> dict[str, Any]:
             f" fuse= is chosen on those of split dev{remedy}"
         )
     try:
-        data = read_candidates(c, "dev")
+        data = read_candidates(c, "dev", bad)
     except ValueError as e:
         raise ValueError(f"the weight of fuse= is chosen on split dev: {e}{remedy}") from e
     first, candidates, _ = find_candidates(c, data)
@@ -279,14 +279,14 @@ def fit_fusion(c: "EvaluateConfig") -> dict[str, Any]:
     return found
 
 
-def read_candidates(c: "EvaluateConfig", split: str) -> "RerankSet":
+def read_candidates(c: "EvaluateConfig", split: str, bad: "BadRows") -> "RerankSet":
     """A split of the data. Raises ValueError where nothing says which documents are to be put in
     order."""
     from conf.schema import SourceConfig
     from data.formats import read_rerank_set
 
     source = SourceConfig(root=c.data, texts=c.texts, columns=c.columns)
-    data = read_rerank_set(source, split_in(source, split))
+    data = read_rerank_set(source, split_in(source, split), bad)
     if c.first_stage in (None, "data") and data.candidates is None:
         raise ValueError(
             f"{c.model} puts candidates in order, and data={c.data} brings none; add"
@@ -349,6 +349,18 @@ def numbers(
     }
 
 
+def bad_rows(c: "EvaluateConfig", out: Path | None) -> "BadRows":
+    """What is done about rows of the data that cannot be read; listed in `out` where they are
+    skipped."""
+    from data.records import BadRows
+
+    if out is None:
+        return BadRows(c.on_bad_row, setting="on_bad_row")
+    list_path = out / "bad_rows.jsonl"
+    list_path.unlink(missing_ok=True)  # of an evaluation before this one
+    return BadRows(c.on_bad_row, list_path, "on_bad_row")
+
+
 @contextmanager
 def own_names() -> Iterator[None]:
     """Errors name train.py's settings; those that evaluate.py has too have other names here."""
@@ -363,7 +375,9 @@ def own_names() -> Iterator[None]:
 
 def sizes(result: Mapping[str, Any]) -> str:
     left_out = f", {result['num_unjudged']} unjudged left out" if result["num_unjudged"] else ""
-    return f"{result['num_queries']:,} queries{left_out}, {result['num_documents']:,} documents"
+    bad = f", {result['num_bad_rows']} bad rows left out" if result["num_bad_rows"] else ""
+    documents = f"{result['num_documents']:,} documents{bad}"
+    return f"{result['num_queries']:,} queries{left_out}, {documents}"
 
 
 def rerank_tables(result: Mapping[str, Any]) -> str:

@@ -674,6 +674,7 @@ Evaluate a model on a test set: python {program} model=<model> data=<test set> [
   split=test|dev|...   'dims=[...]'   precision=fp32|bf16|int8|binary   bm25=true|false
   'precision=[fp32,int8,binary]'   several from one encoding, in rows "dim 384, int8"; in eval.json
       under "384 int8", in out= as run_384_int8.trec (run.trec is the first)
+  on_bad_row=skip   leaves rows out that cannot be read; listed in out=, as bad_rows.jsonl
 """,
     "prepare": """\
 Make a training set: python {program} 'stages=[<stage>,...]' data=<data> out=<folder>

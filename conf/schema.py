@@ -741,8 +741,10 @@ class EvaluateConfig:
     batch_tokens: int = 0  # tokens encoded at once; 0: chosen by device
     device: str = "auto"
     columns: dict[str, str] = field(default_factory=dict)
+    on_bad_row: str = "error"  # error | skip (counted, and listed in out=/bad_rows.jsonl)
 
     def __post_init__(self) -> None:
+        _one_of("on_bad_row", self.on_bad_row, ("error", "skip"))
         precisions = self.precision if isinstance(self.precision, list) else [self.precision]
         for precision in precisions:
             _one_of("precision", precision, ("fp32", "bf16", "int8", "binary"))

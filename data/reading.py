@@ -280,7 +280,7 @@ def _build(
     folder: Path, source: SourceConfig, c: DataConfig, list_path: Path, groups: bool
 ) -> dict[str, Any]:
     list_path.unlink(missing_ok=True)
-    with BadRows(c.on_bad_row, list_path) as bad:
+    with BadRows(c.on_bad_row, list_path, "data.on_bad_row") as bad:
         writer = ExamplesWriter(folder, groups)
         if source.format in ("toy", "pydocs"):
             sets, split_info = _made_sets(source, c, writer, groups)

@@ -83,14 +83,21 @@ class BadRows:
 
     on_bad_row  "error": report() raises ValueError; "skip": it counts, and the row is left out
     list_path   JSONL file of {where, expected, found}, written as rows are reported; None: no file
+    setting     with which the user chooses, for the error to name; None: there is none
     A row reported twice (a file read in two passes) counts once.
     """
 
-    def __init__(self, on_bad_row: str = "error", list_path: str | Path | None = None) -> None:
+    def __init__(
+        self,
+        on_bad_row: str = "error",
+        list_path: str | Path | None = None,
+        setting: str | None = None,
+    ) -> None:
         if on_bad_row not in ("error", "skip"):
             raise ValueError(f"data.on_bad_row ({on_bad_row!r}) must be error or skip")
         self.on_bad_row = on_bad_row
         self.list_path = Path(list_path) if list_path is not None else None
+        self.setting = setting
         self.first: str | None = None
         self._seen: set[int] = set()
         self._file: IO[str] | None = None
@@ -103,7 +110,8 @@ class BadRows:
         """Raises ValueError "where: expected ..., found ..." unless on_bad_row is skip."""
         message = f"{where}: expected {expected}, found {found}"
         if self.on_bad_row == "error":
-            raise ValueError(message)
+            way_on = f"; {self.setting}=skip leaves bad rows out and lists them"
+            raise ValueError(message + (way_on if self.setting else ""))
         key = hash_bytes(f"{where}\0{expected}\0{found}".encode("utf-8", "surrogateescape"))
         if key in self._seen:
             return

@@ -223,6 +223,27 @@ def test_errors_name_what_is_wrong(beir, tiny_base, tmp_path):
         evaluate.run(config("bm25", beir, against=str(tmp_path / "missing.json")))
 
 
+def test_bad_rows_stop_an_evaluation_or_are_skipped_counted_and_listed(beir, tmp_path, capsys):
+    """One broken line of somebody else's corpus must not make it useless."""
+    with open(beir / "corpus.jsonl", "a") as f:
+        f.write('{"_id": "d80"}\n')
+    with open(beir / "qrels" / "test.tsv", "a") as f:
+        f.write("q1\tnowhere\t1\n")
+    with pytest.raises(ValueError, match=r"corpus\.jsonl:81: .*; on_bad_row=skip leaves bad rows"):
+        evaluate.run(config("bm25", beir))
+    out = tmp_path / "out"
+    result = evaluate.run(config("bm25", beir, on_bad_row="skip", out=str(out)))
+    assert result["num_bad_rows"] == 2 and result["num_queries"] == 30
+    assert json.loads((out / "eval.json").read_text())["num_bad_rows"] == 2
+    listed = [json.loads(line)["where"] for line in open(out / "bad_rows.jsonl")]
+    assert listed == [f"{beir}/corpus.jsonl:81", f"{beir}/qrels/test.tsv:32"]
+    assert "80 documents, 2 bad rows left out" in capsys.readouterr().out
+    options = {"first_stage": "bm25", "rerank_k": 10, "on_bad_row": "skip"}
+    assert evaluate.run(config("random", beir, **options))["num_bad_rows"] == 2
+    with pytest.raises(ValueError, match=r"on_bad_row \('drop'\) must be one of error, skip"):
+        config("bm25", beir, on_bad_row="drop")
+
+
 def test_against_results_of_other_data_is_refused(beir, tmp_path):
     """Same ids, another judgement: a paired test would compare apples and pears."""
     evaluate.run(config("bm25", beir, out=str(tmp_path / "before")))
