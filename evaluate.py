@@ -335,7 +335,7 @@ def numbers(
     return {
         "num_documents": len(data.doc_ids),
         "num_queries": len(first.query_ids),
-        "num_unjudged": first.num_unjudged,
+        "num_unjudged": first.num_unjudged + data.num_unjudged,
         "test_set": digest_of(data),
         "metrics": {label: one.means for label, one in metrics.items()},
         "ci95": {label: bootstrap_ci95(one.per_query, c.seed) for label, one in metrics.items()},

@@ -293,7 +293,8 @@ def read_beir(
     split     name of the qrels file
     name      of the set; default the folder's name
     max_docs  read only that many documents (a quick look; qrels to others are left out)
-    Grades are kept, 0 included. Raises ValueError for a missing part, an unknown split or (unless
+    Grades are kept, 0 included. Queries that other splits judge are left out, those that none does
+    are left out and counted. Raises ValueError for a missing part, an unknown split or (unless
     `bad` skips) a bad row.
     """
     root = Path(root)
@@ -320,8 +321,10 @@ def read_beir(
         query_lines[query_id] = number
         all_texts[query_id] = text
     qrels: dict[str, dict[str, int]] = {}
+    unjudged = set(all_texts)
     for number, query_id, doc_id, score in _read_qrels(qrels_path, bad):
         where = f"{qrels_path}:{number}"
+        unjudged.discard(query_id)
         if query_id not in all_texts:
             bad.report(where, f"a query id of {queries.name}", repr(query_id))
         elif doc_id not in doc_lines:
@@ -341,6 +344,12 @@ def read_beir(
             qrels_path,
             num_own,
         )
+    for other in beir_splits(root) if unjudged else ():
+        path = part(root, f"qrels/{other}.tsv")
+        if other != split and path is not None:
+            # first field alone: what else is wrong with rows that are not asked for is no matter
+            for _, _, line in read_rows(path, BadRows("skip")):
+                unjudged.discard(line.split("\t")[0].strip())
     return RetrievalSet(
         name=name or root.resolve().name,
         doc_ids=list(doc_lines),
@@ -349,6 +358,7 @@ def read_beir(
         query_texts=[all_texts[q] for q in query_ids],
         qrels={q: qrels[q] for q in query_ids},
         shares_ids=True,
+        num_unjudged=len(unjudged),
     )
 
 

@@ -56,6 +56,7 @@ class RetrievalSet:
 
     shares_ids  whether an id stands for the same text on both sides, as in BEIR, where searches
                 leave out the document that is the query itself; rows number each side from 0
+    num_unjudged  queries that no split's judgements name; they are not among the queries
     """
 
     name: str
@@ -65,6 +66,7 @@ class RetrievalSet:
     query_texts: list[str]
     qrels: dict[str, dict[str, int]]
     shares_ids: bool = field(default=False, kw_only=True)
+    num_unjudged: int = 0
 
 
 @dataclass

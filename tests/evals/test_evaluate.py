@@ -244,6 +244,18 @@ def test_bad_rows_stop_an_evaluation_or_are_skipped_counted_and_listed(beir, tmp
         config("bm25", beir, on_bad_row="drop")
 
 
+def test_queries_that_no_split_judges_are_left_out_and_counted(beir, tmp_path, capsys):
+    """Queries of the other splits are not unjudged; without a judgement none can be right."""
+    with open(beir / "queries.jsonl", "a") as f:
+        f.writelines(json.dumps({"_id": f"more{i}", "text": "red fish"}) + "\n" for i in range(5))
+    (beir / "qrels" / "train.tsv").write_text("query-id\tcorpus-id\tscore\nmore1\td1\t1\n")
+    (beir / "qrels" / "dev.tsv").write_text("")  # nobody asked for it
+    result = evaluate.run(config("bm25", beir))
+    assert (result["num_queries"], result["num_unjudged"]) == (30, 4)
+    assert "30 queries, 4 unjudged left out, 80 documents" in capsys.readouterr().out
+    assert evaluate.run(config("random", beir, first_stage="bm25"))["num_unjudged"] == 4
+
+
 def test_against_results_of_other_data_is_refused(beir, tmp_path):
     """Same ids, another judgement: a paired test would compare apples and pears."""
     evaluate.run(config("bm25", beir, out=str(tmp_path / "before")))
