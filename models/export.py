@@ -6,7 +6,6 @@ models/export_reranker.py does it for cross-encoders, with the same parts.
 import json
 import logging
 import os
-import re
 import shutil
 from collections.abc import Callable
 from importlib.metadata import version
@@ -19,7 +18,14 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from data.tokens import special_ends
-from models.pretrained import ACTIVATION_CLASSES, LAYOUTS, POOLINGS, Source, name_map
+from models.pretrained import (
+    ACTIVATION_CLASSES,
+    LAYOUTS,
+    POOLINGS,
+    Source,
+    hub_base,
+    name_map,
+)
 from models.reranker import Reranker
 from models.towers import Projection, Tower, Towers, TowerSpec
 from models.transformer import Encoder
@@ -297,8 +303,8 @@ def model_card(towers: Towers, card: dict[str, Any], *, name: str = "model") -> 
         "library_name": "sentence-transformers",
         "pipeline_tag": "sentence-similarity",
     }
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", spec.base):  # the hub takes ids alone, no folder names
-        header["base_model"] = spec.base
+    if base := hub_base(spec.base):  # the hub takes ids alone, no folder names
+        header["base_model"] = base
     for key in ("license", "language"):
         if card.get(key):
             header[key] = card[key]

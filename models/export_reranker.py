@@ -7,7 +7,6 @@ layer, and the activation is Identity, so that nobody applies a sigmoid unasked.
 """
 
 import json
-import re
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -29,7 +28,7 @@ from models.export import (
     write_transformer,
     yaml_header,
 )
-from models.pretrained import LAYOUTS
+from models.pretrained import LAYOUTS, hub_base
 from models.reranker import HEADS, Reranker, head_parameters
 
 IDENTITY = ACTIVATION_PATHS["identity"]
@@ -157,8 +156,8 @@ def reranker_card(reranker: Reranker, card: Mapping[str, Any], *, name: str = "m
         "library_name": "sentence-transformers",
         "pipeline_tag": "text-ranking",
     }
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", spec.base):  # the hub takes ids alone, no folder names
-        header["base_model"] = spec.base
+    if base := hub_base(spec.base):  # the hub takes ids alone, no folder names
+        header["base_model"] = base
     for key in ("license", "language"):
         if card.get(key):
             header[key] = card[key]

@@ -947,10 +947,26 @@ def load_towers(base: str | Path, c: ModelConfig | None = None) -> Towers:
     return Towers(query, passage, spec, tokenizer_q, tokenizer_p)
 
 
+TUNED_AS = ", tuned as "  # in names of bases, see base_name
+
+
+def hub_base(name: str) -> str | None:
+    """The hub id in a base's name, for the header of a model card; None for a folder's name."""
+    first = name.partition(TUNED_AS)[0]
+    return first if re.fullmatch(r"[\w.-]+/[\w.-]+", first) else None
+
+
 def base_name(base: str | Path) -> str:
-    """What a model card calls a base: its hub id, or the name of its folder."""
+    """What a model card calls a base: its hub id, or the name of its folder; a model that Rook
+    trained is "<its own base>, tuned as <run or folder>"."""
     if Path(base).expanduser().is_dir():
-        return Path(base).expanduser().resolve().name
+        path = Path(base).expanduser().resolve()
+        own = (read_settings(_model_folder(path)).get("rook") or {}).get("base")
+        if path.name == "export":
+            path = path.parent
+        if re.fullmatch(r"seed\d+", path.name) and path.parent.parent.name:
+            path = path.parent.parent  # runs/<name>/<overrides>/seed<k>
+        return f"{own}{TUNED_AS}{path.name}" if own else path.name
     package = PACKAGES.get(str(base).removeprefix("sentence-transformers/"))
     return str(base) if package is None else package.hub_id
 

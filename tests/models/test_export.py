@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -61,7 +62,8 @@ def assert_read_back_bit_for_bit(towers: Towers, folder: Path) -> None:
     ours, theirs = towers.state_dict(), back.state_dict()
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[k], theirs[k]) for k in ours)
-    assert vars(back.spec) == vars(towers.spec) | {"base": folder.name}
+    base = f"{towers.spec.base}, tuned as {folder.name}"
+    assert vars(back.spec) == vars(towers.spec) | {"base": base}
     assert back.is_dual == towers.is_dual
     np.testing.assert_array_equal(embed(back, TEXTS, "query"), embed(towers, TEXTS, "query"))
 
@@ -348,3 +350,27 @@ def test_frozen_parts_get_no_gradient_and_all_others_do(kind, tmp_path):
         is_frozen = name.startswith(("embeddings.", "layers.0.", "layers.1."))
         assert parameter.requires_grad != is_frozen, name
         assert (parameter.grad is None) == is_frozen, name
+
+
+def test_the_base_of_a_tuned_model_is_named_and_not_the_folder_it_lies_in(tmp_path):
+    """Runs end in seed<k>/export, which tells nobody what a model was made from."""
+    import yaml
+
+    towers = load_towers(save_model(tmp_path / "tiny", "bert"))
+    assert towers.spec.base == "tiny"
+    towers.spec.base = "some/encoder"
+    run = tmp_path / "runs" / "first" / "default" / "seed0"
+    export(towers, run / "export", {})
+    (run / "config.yaml").write_text("")
+    for folder in (run, run / "export"):
+        tuned = load_towers(folder)
+        assert tuned.spec.base == "some/encoder, tuned as first"
+    shutil.copytree(run / "export", tmp_path / "mine")
+    assert load_towers(tmp_path / "mine").spec.base == "some/encoder, tuned as mine"
+    card = model_card(tuned, {})
+    assert yaml.safe_load(card.split("---\n", 2)[1])["base_model"] == "some/encoder"
+    assert "made from `some/encoder, tuned as first`" in card
+    edited = tmp_path / "runs" / "second" / "lr-1" / "seed10" / "export"
+    export(tuned, edited, {})
+    (edited / "config_sentence_transformers.json").write_text("{}")  # not by Rook
+    assert load_towers(edited).spec.base == "second"

@@ -65,7 +65,8 @@ def assert_same_everywhere(reranker: Reranker, folder: Path) -> None:
     back = load_reranker(folder)
     assert is_reranker(folder)
     nothing = {"temperature": 1.0, "bias": 0.0}
-    assert vars(back.spec) == vars(spec) | {"base": folder.name} | nothing
+    base = f"{spec.base}, tuned as {folder.name}"
+    assert vars(back.spec) == vars(spec) | {"base": base} | nothing
     np.testing.assert_allclose(logits_of(back), want_SL, rtol=0, atol=ATOL)
     if (spec.temperature, spec.bias) == (1, 0):
         ours, theirs = reranker.state_dict(), back.state_dict()
