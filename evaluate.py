@@ -451,7 +451,8 @@ def tables(result: Mapping[str, Any], c: "EvaluateConfig") -> str:
                 gains, before, after, COMPARED, before_name="BM25", after_name="model"
             )
         )
-    if "against_result" in result and result["against_result"]["name"] != "bm25":
+    told = "gain_over_bm25" in result  # the table above is the one against BM25
+    if "against_result" in result and not (told and result["against_result"]["name"] == "bm25"):
         other = result["against_result"]
         gains = {shown[label]: delta for label, delta in other["delta"].items()}
         before = {shown[label]: values for label, values in other["metrics"].items()}

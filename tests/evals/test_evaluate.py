@@ -186,6 +186,10 @@ def test_against_adds_paired_differences(beir, tiny_base, tmp_path, capsys):
     same = evaluate.run(config(tiny_base, beir, dims=[8], against=str(tiny_base)))["against_result"]
     assert same["delta"]["8"]["ndcg@10"] == {"diff": 0.0, "ci95": [0.0, 0.0], "p": 1.0, "n": 30}
     assert f"against {tiny_base}" in capsys.readouterr().out
+    for options, told in (({"bm25": False}, 1), ({}, 0)):  # said once: here, or as gain over BM25
+        evaluate.run(config(tiny_base, beir, dims=[8], against="bm25", **options))
+        printed = capsys.readouterr().out
+        assert printed.count("against bm25") == told and printed.count("dim 8 nDCG@10") == 1
 
 
 def test_bm25_alone_and_without_bm25(beir, tiny_base):
