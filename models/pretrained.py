@@ -212,8 +212,14 @@ def encoder_config(
 
     def need(key: str) -> Any:
         if config.get(key) is None:
-            raise ValueError(f"config.json of model_type {config['model_type']!r} lacks {key!r}")
+            raise ValueError(
+                f"config.json of model_type {config['model_type']!r} lacks {key!r}"
+                + (", which is null there" if key in config else "")
+            )
         return config[key]
+
+    def given(key: str, default: Any) -> Any:
+        return need(key) if key in config else default  # null is not the default
 
     layout = LAYOUTS[config["model_type"]][0]
     num_layers = need("num_hidden_layers")
@@ -238,9 +244,16 @@ def encoder_config(
                 ("sliding_attention", "local_rope_theta", 10_000.0),
             )
         }
+        if thetas["full_attention"] is None:
+            raise ValueError(
+                "config.json: the rope_theta of full_attention (global_rope_theta) is null; want a"
+                " number"
+            )
+        if thetas["sliding_attention"] is None:  # transformers 4: as in the layers that see all
+            thetas["sliding_attention"] = thetas["full_attention"]
         kinds = config.get("layer_types")
         if kinds is None:
-            every = config.get("global_attn_every_n_layers", 3)
+            every = given("global_attn_every_n_layers", 3)
             kinds = [
                 "sliding_attention" if i % every else "full_attention" for i in range(num_layers)
             ]
@@ -250,18 +263,18 @@ def encoder_config(
             )
         return EncoderConfig(
             **shared,
-            max_positions=config.get("max_position_embeddings", 8192),
+            max_positions=given("max_position_embeddings", 8192),
             position_offset=0,
             type_vocab=0,
-            norm_eps=config.get("norm_eps", 1e-5),
-            dropout=config.get("mlp_dropout", 0.0) if dropout is None else dropout,
+            norm_eps=given("norm_eps", 1e-5),
+            dropout=given("mlp_dropout", 0.0) if dropout is None else dropout,
             rope_theta_global=float(thetas["full_attention"]),
             rope_theta_local=float(thetas["sliding_attention"]),
-            local_window=config.get("local_attention", 128),
+            local_window=given("local_attention", 128),
             layer_is_local=tuple(kind == "sliding_attention" for kind in kinds),
-            norm_bias=config.get("norm_bias", False),
-            attention_bias=config.get("attention_bias", False),
-            mlp_bias=config.get("mlp_bias", False),
+            norm_bias=given("norm_bias", False),
+            attention_bias=given("attention_bias", False),
+            mlp_bias=given("mlp_bias", False),
         )
     # RoBERTa counts positions from pad_token_id + 1; MPNet from 2, whatever config.json says
     pad_id = config.get("pad_token_id")
@@ -270,9 +283,9 @@ def encoder_config(
         **shared,
         max_positions=need("max_position_embeddings") - offset,
         position_offset=offset,
-        type_vocab=0 if layout == "mpnet" else config.get("type_vocab_size", 2),
-        norm_eps=config.get("layer_norm_eps", 1e-12),
-        dropout=config.get("hidden_dropout_prob", 0.1) if dropout is None else dropout,
+        type_vocab=0 if layout == "mpnet" else given("type_vocab_size", 2),
+        norm_eps=given("layer_norm_eps", 1e-12),
+        dropout=given("hidden_dropout_prob", 0.1) if dropout is None else dropout,
         relative_buckets=32 if layout == "mpnet" else 0,
     )
 

@@ -223,6 +223,11 @@ def test_modernbert_config_of_transformers_4_equals_that_of_5():
     assert got == encoder_config(shared | {"layer_types": kinds, "rope_parameters": thetas})
     assert got.layer_is_local == (False, True, True, False)
     assert (got.rope_theta_global, got.rope_theta_local, got.local_window) == (8e4, 5e3, 8)
+    assert encoder_config(old | {"local_rope_theta": None}).rope_theta_local == 8e4
+    with pytest.raises(ValueError, match=r"config\.json: .*\(global_rope_theta\) is null"):
+        encoder_config(old | {"global_rope_theta": None})
+    with pytest.raises(ValueError, match=r"config\.json of .* lacks 'local_attention'"):
+        encoder_config(old | {"local_attention": None})
 
 
 def test_positions_left_for_text_exclude_the_rows_kept_for_padding():
