@@ -54,8 +54,8 @@ class Example:
 class RetrievalSet:
     """Documents, queries and judgements: qrels[query id][document id] = grade; > 0 is relevant.
 
-    shares_ids  whether an id stands for the same text on both sides, as in BEIR, where searches
-                leave out the document that is the query itself; rows number each side from 0
+    shares_ids    whether an id stands for the same text on both sides, as in BEIR, where searches
+                  leave out the document that is the query itself; rows number each side from 0
     num_unjudged  queries that no split's judgements name; they are not among the queries
     """
 
@@ -66,7 +66,7 @@ class RetrievalSet:
     query_texts: list[str]
     qrels: dict[str, dict[str, int]]
     shares_ids: bool = field(default=False, kw_only=True)
-    num_unjudged: int = 0
+    num_unjudged: int = field(default=0, kw_only=True)
 
 
 @dataclass

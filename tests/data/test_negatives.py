@@ -441,7 +441,7 @@ def test_a_run_file_is_a_source(beir, mine, tmp_path, caplog):
     assert pool.docs.ids[docs_QK[1, 0]] in ("d7", "d31") and docs_QK[1, 1] == -1
     _, rows = mine(beir, sources=["run"], run=str(run), model=None, num_negatives=2)
     assert [r["ranks"]["run"] for r in rows[0]["mined"]] == [1, 2]
-    assert "outside the limits" not in caplog.text
+    assert "are outside the limits" not in caplog.text
     _, rows = mine(beir, sources=["run"], run=str(run), model=None, margin=0.5)
     assert rows[0]["negative"] == []  # its positive is not listed
     assert "(mine.margin=0.5). A positive that the run file does not list" in caplog.text
