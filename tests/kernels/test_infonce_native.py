@@ -40,6 +40,24 @@ def _error(x, y):
     return ((x.double() - y).norm() / y.norm()).item()
 
 
+def _limits_beside(inputs, dims, near: float):
+    """Limits of rows (1, B) and columns (1, N) about `near`, each midway between neighbouring
+    float64 scores of all dims: which side of it a cell is on is no matter of rounding."""
+    q_BD, p_ND, a_MB, b_MN = (x.double() for x in inputs)
+    dots = [q_BD[:, :d] @ p_ND[:, :d].T for d in dims]
+    z_BNM = torch.stack(dots, 2) * a_MB.T[:, None] * b_MN.T[None]
+    limits = []
+    for z_nk in (z_BNM.flatten(1), z_BNM.transpose(0, 1).flatten(1)):
+        sorted_nk = z_nk.sort(1).values
+        gap_nk, middle_nk = sorted_nk.diff(dim=1), (sorted_nk[:, 1:] + sorted_nk[:, :-1]) / 2
+        at_n = (middle_nk - near).abs().masked_fill(gap_nk < 1e-4, 9.0).argmin(1)
+        limit_1n = middle_nk.gather(1, at_n[:, None]).T.float()
+        assert (limit_1n - near).abs().max() < 0.5
+        assert (z_nk - limit_1n.T.double()).abs().min() > 4e-5  # 100 times what float32 sums are off
+        limits.append(limit_1n)
+    return limits
+
+
 # gradients: bf16 and fp16 round W, and what leaves; float32 rounds scores of 1 / tau
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 
@@ -51,17 +69,19 @@ def test_ragged_thousands_equal_dense_float64(kernels, dtype, dims, columns):
     """No size is a multiple of a tile; relatives and limits in the middle of the matrix."""
     B, N, D = 1543, 2311, 384
     inputs = _inputs(B, N, D, len(dims), dtype, 0.05)
+    row_limit_1B, _ = _limits_beside(inputs, dims, 2.0)
+    _, column_limit_1N = _limits_beside(inputs, dims, 2.5)
     options = {
         "dims": dims,
         "relatives_BK": torch.randint(-1, N, (B, 3), device="cuda"),
-        "row_limit_MB": torch.full((1, B), 2.0, device="cuda"),
-        "column_limit_MN": torch.full((1, N), 2.5, device="cuda") if columns else None,
+        "row_limit_MB": row_limit_1B,
+        "column_limit_MN": column_limit_1N if columns else None,
         "want_columns": columns,
     }
     sums, grads = _run(kernels, inputs, path="fused", workspace_mib=24, **options)
     want_sums, want_grads = _run(kernels, inputs, torch.float64, path="dense", **options)
     for got, want in zip(sums, want_sums, strict=True):
-        torch.testing.assert_close(got.double(), want, rtol=0, atol=2e-4)  # cells at a limit
+        torch.testing.assert_close(got.double(), want, rtol=0, atol=2e-4)
     for got, want in zip(grads, want_grads, strict=True):
         assert _error(got, want) < 10 * TOLERANCE[dtype] ** 0.5 * TOLERANCE[dtype] ** 0.5
 
