@@ -53,20 +53,22 @@ class Tile:
 
 
 # (kernel, dims, bytes of an element) -> tile; dims is "one", "many", or where a tile of its own is
-# needed "both", one dim with limits of rows and columns, or "softplus", several dims with a bias.
-# README.md lists what they compile to.
+# needed "both" and "many both", with limits of rows and columns, or "softplus", several dims with a
+# bias. README.md lists what they compile to.
 TILES_90 = {
     ("sums", "one", 2): Tile(128, 128, 64, 8, 3, tma=True),
     ("sums", "many", 2): Tile(128, 128, 64, 8, 3, tma=True),
+    ("sums", "many both", 2): Tile(128, 64, 64, 8, 3, tma=True),
     ("sums", "softplus", 2): Tile(128, 64, 64, 8, 3, tma=True),
     ("planes", "one", 2): Tile(128, 128, 64, 8, 3, tma=True),
     ("planes", "both", 2): Tile(128, 64, 64, 8, 3, tma=True),
     ("planes", "many", 2): Tile(128, 64, 64, 8, 3, tma=True),
+    ("planes", "many both", 2): Tile(128, 64, 64, 8, 3, tma=True, held=1),
     ("exps", "one", 2): Tile(128, 128, 64, 8, 3, tma=True),
     ("sums", "one", 4): Tile(64, 64, 32, 8, 3, tma=True),
     ("sums", "many", 4): Tile(64, 64, 32, 8, 3, tma=True),
     ("planes", "one", 4): Tile(64, 64, 32, 8, 3, tma=True),
-    ("planes", "many", 4): Tile(64, 64, 32, 8, 3, tma=True),
+    ("planes", "many", 4): Tile(64, 64, 32, 8, 3, tma=True, held=1),
     ("exps", "one", 4): Tile(64, 64, 32, 8, 3, tma=True),
 }
 TILES_80 = {key: replace(tile, tma=False) for key, tile in TILES_90.items()} | {
@@ -76,6 +78,7 @@ TILES_80 = {key: replace(tile, tma=False) for key, tile in TILES_90.items()} | {
     ("sums", "many", 2): Tile(128, 64, 64, 8, 3),
     ("planes", "both", 2): Tile(128, 128, 64, 8, 3),
     ("planes", "many", 2): Tile(128, 32, 64, 8, 3),
+    ("planes", "many both", 2): Tile(128, 32, 64, 8, 3),
 }
 TILE_INTERPRETED = Tile(16, 32, 16, 4, 1)
 _GROUP = 8  # row tiles that walk over the columns together, sharing them in the L2 cache
@@ -650,10 +653,10 @@ class _Job:
             return TILE_INTERPRETED
         major, _ = torch.cuda.get_device_capability(x.device)
         tiles = TILES_90 if major == 9 else TILES_80
+        has_both = self.row_limit_MB is not None and self.column_limit_MN is not None
         if len(self.dims) > 1:
-            own, usual = "softplus" if has_bias else "", "many"
+            own, usual = "softplus" if has_bias else "many both" if has_both else "", "many"
         else:
-            has_both = self.row_limit_MB is not None and self.column_limit_MN is not None
             own, usual = "both" if has_both else "", "one"
         size = x.element_size()
         return tiles.get((kernel, own, size)) or tiles[kernel, usual, size]

@@ -29,6 +29,8 @@ def test_the_plan_takes_less_than_eight_minutes_and_reaches_the_sizes_of_the_goa
     five = tuple(int(d) for d in FIVE.split(","))
     for B in (8192, 32768, 65536):
         assert {("one-sided", B, ()), ("two-sided", B, ()), ("one-sided", B, five)} <= cases
+    commands = [" ".join(command) for part in parts() for command in part.commands]
+    assert any("test_ahead_of_time.py" in c and "-k 90" in c for c in commands)  # no spills there
     largest = max(
         case.B
         for part in full_parts()

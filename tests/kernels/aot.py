@@ -2,6 +2,7 @@
 
 Needs no GPU, only the compiler inside triton; TRITON_INTERPRET must be unset. Prints one JSON line
 per kernel: registers, stack (spills), shared memory and the tensor-core instructions of each.
+--workers spreads the kernels over processes (a second or ten each).
 """
 
 import argparse
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import triton
@@ -20,7 +22,7 @@ from triton.compiler import ASTSource
 
 ROOT = Path(__file__).parents[2]
 MANY = (64, 128, 256, 512, 768)
-DIMS = {"one": (768,), "both": (768,), "many": MANY, "softplus": MANY}
+DIMS = {"one": (768,), "both": (768,), "many": MANY, "many both": MANY, "softplus": MANY}
 BOTH = "columns row_limit column_limit"
 SOFTPLUS = "softplus row_limit"
 DTYPES = {"bf16": 2, "fp16": 2, "fp32": 4, "tf32": 4}  # tf32: float32, multiplied fast
@@ -42,7 +44,7 @@ def cases(module, arch: int, dims: list[str], options: list[str], dtypes: list[s
         for dtype in dtypes:
             if of not in dims or DTYPES[dtype] != size or (kernel == "exps" and dtype == "fp16"):
                 continue
-            if of == "both":
+            if of in ("both", "many both"):
                 yield kernel, of, dtype, BOTH
             elif of == "softplus":
                 yield kernel, of, dtype, SOFTPLUS
@@ -50,18 +52,27 @@ def cases(module, arch: int, dims: list[str], options: list[str], dtypes: list[s
                 yield kernel, of, dtype, "row_limit"
             else:
                 for option in options:
-                    other = {("one", BOTH): "both", ("many", SOFTPLUS): "softplus"}.get(
-                        (of, option)
-                    )
+                    other = {
+                        ("one", BOTH): "both",
+                        ("many", BOTH): "many both",
+                        ("many", SOFTPLUS): "softplus",
+                    }.get((of, option))
                     if (kernel, other, size) not in tiles:  # else compiled with its own tile
                         yield kernel, of, dtype, option
 
 
-def compile_case(module, kernel: str, many: str, dtype: str, option: str, arch: int, tile=None):
+def compile_case(
+    module, kernel: str, many: str, dtype: str, option: str, arch: int, tile=None, *,
+    ends: tuple[int, ...] | None = None, is_ragged: bool = False,
+):  # fmt: skip
+    """
+    ends       dims in place of those of DIMS
+    is_ragged  16 does not divide the numbers of rows and columns
+    """
     function = getattr(module, f"_{kernel}_kernel")
     tiles = module.TILES_90 if arch >= 90 else module.TILES_80
     tile = tile or tiles[kernel, many, DTYPES[dtype]]
-    dims = DIMS[many]
+    dims = ends or DIMS[many]
     constants = {
         "S": dims[-1], "ENDS": dims, "M": len(dims), "HELD": min(tile.held, len(dims) - 1),
         "BR": tile.rows, "BC": tile.columns, "BF": tile.features, "GROUP": module._GROUP,
@@ -88,7 +99,8 @@ def compile_case(module, kernel: str, many: str, dtype: str, option: str, arch: 
         else:
             signature[name] = "*fp32"
         # as at run time: pointers and sizes that 16 divides are known as such; K is not
-        if name != "K" and signature[name][0] in "*i":
+        is_size = name in ("c", "N") or name.endswith("stride")
+        if name != "K" and signature[name][0] in "*i" and not (is_ragged and is_size):
             attributes[(i,)] = [["tt.divisibility", 16]]
     constants = {(names.index(n),): v for n, v in constants.items() if n in names}
     start = time.monotonic()
@@ -102,6 +114,7 @@ def compile_case(module, kernel: str, many: str, dtype: str, option: str, arch: 
     registers, stack = _resources(compiled.asm["cubin"])
     return {
         "kernel": kernel, "dims": len(dims), "dtype": dtype, "options": option, "arch": arch,
+        "triton": triton.__version__, "is_ragged": is_ragged,
         "tile": f"{tile.rows}x{tile.columns}x{tile.features}", "warps": tile.warps,
         "stages": tile.stages, "held": constants.get((names.index("HELD"),), 0)
         if "HELD" in names else 0,
@@ -125,13 +138,26 @@ def _resources(cubin: bytes) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
+def compile_one(args: argparse.Namespace, case: tuple[str, str, str, str]) -> dict:
+    ends = tuple(map(int, args.ends.split(","))) if args.ends else None
+    options = {"ends": ends, "is_ragged": args.ragged}
+    return compile_case(load_kernels(), *case, args.arch, **options)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", type=int, default=90, choices=(90, 80))
     parser.add_argument("--dims", nargs="+", default=list(DIMS), choices=list(DIMS))
     parser.add_argument("--options", nargs="+", default=["", "columns", SOFTPLUS, BOTH])
     parser.add_argument("--dtypes", nargs="+", default=["bf16", "fp32"], choices=list(DTYPES))
+    parser.add_argument("--ends", metavar="LIST", help="dims with commas, for all chosen tiles")
+    parser.add_argument("--ragged", action="store_true", help="sizes that 16 does not divide")
+    parser.add_argument("--workers", type=int, default=1)
     args = parser.parse_args()
-    module = load_kernels()
-    for case in cases(module, args.arch, args.dims, args.options, args.dtypes):
-        print(json.dumps(compile_case(module, *case, args.arch)), flush=True)
+    chosen = list(cases(load_kernels(), args.arch, args.dims, args.options, args.dtypes))
+    if args.workers == 1:
+        rows = (compile_one(args, case) for case in chosen)
+    else:
+        rows = ProcessPoolExecutor(args.workers).map(compile_one, [args] * len(chosen), chosen)
+    for row in rows:
+        print(json.dumps(row), flush=True)

@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 
 AOT = Path(__file__).with_name("aot.py")
+WORKERS = str(max(1, min(16, (os.cpu_count() or 2) - 2)))
 SHARED_BYTES = {90: 227 * 1024, 80: 163 * 1024}  # what one program may take there
 
 
 def compiled(*arguments: str) -> list[dict]:
     """In a process of its own: this one may interpret."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-W", "ignore", str(AOT), *arguments]
+    command = [sys.executable, "-W", "ignore", str(AOT), "--workers", WORKERS, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
     return [json.loads(line) for line in done.stdout.splitlines()]
@@ -41,7 +42,22 @@ def test_one_dim_for_sm_90():
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ["90", "80"])
 def test_every_tile_with_all_options(arch):
-    rows = compiled("--arch", arch)
-    check(rows)
+    rows = compiled("--arch", arch, "--dtypes", "bf16", "fp32")
     assert {row["dims"] for row in rows} == {1, 5}
-    check(compiled("--arch", arch, "--dtypes", "tf32", "fp16", "--options", "columns"))
+    rows += compiled("--arch", arch, "--dtypes", "tf32", "fp16", "--options", "columns")
+    most = max(row["registers"] for row in rows)
+    print(f"\ntriton {rows[0]['triton']}, sm_{arch}: {len(rows)} kernels, {most} registers at most")
+    check(rows)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["90", "80"])
+def test_other_numbers_of_dims_and_ragged_sizes(arch):
+    """A kernel is compiled anew for three dims, and for sizes that 16 does not divide."""
+    bf16 = ("--arch", arch, "--dtypes", "bf16")
+    many = ("--dims", "many", "many both", "softplus")
+    rows = compiled(*bf16, *many, "--ends", "128,384,768", "--options", "columns")
+    assert {row["dims"] for row in rows} == {3}
+    ragged = compiled(*bf16, "--ragged", "--options", "columns")
+    assert all(row["is_ragged"] for row in ragged)
+    check(rows + ragged)
