@@ -33,6 +33,10 @@ _LOG2E = 1.4426950408889634
 LOG2E = tl.constexpr(_LOG2E)
 _DENSE_CELLS = 2**22  # B * N * M below which one matrix in torch is as good as anything
 _TABLE_BYTES = 2**28  # partial sums of one forward chunk at most
+# Rows of a chunk at least, for one dim and for several, with the default workspace (less in
+# proportion): a chunk reads and writes the float32 gradient of all candidates once, as long as 217
+# rows' products take (4.3 TB/s, 700 TFLOP/s). 896: five dims of 65,536 x 768 still fit into 1 GiB
+_LEAST_ROWS = 2048, 896
 
 
 # ----------------------------------------------------------------------------------------------
@@ -459,7 +463,9 @@ def sweep(
                      M may be 1 for the same limit at every dim. No gradient reaches them
     path             one of PATHS; "auto" picks by the table in `choose`. "chunk" and "eform" know
                      rows only and walk over several dims one by one
-    workspace_mib    memory beyond inputs, outputs and gradients (that of "dense" is not bounded)
+    workspace_mib    memory beyond inputs, outputs and gradients (that of "dense" is not bounded). It
+                     gives way where float32 gradients leave too little for chunks of 2048 rows, 896
+                     with several dims on "fused" (2 and 0.875 for each MiB under 1024)
     row_gradient     (m, lo, hi, row_c) -> the gradient the loss will have by the sums of rows
                      lo..hi at dim m, where the caller can foretell it. "chunk" and "eform" then
                      compute gradients in the forward: 6 instead of 8 B N D operations. The backward
@@ -492,17 +498,19 @@ def sweep(
             job = _Job(dims, relatives_BK, *limits, want_columns, workspace_mib)
             outputs = _Fused.apply(q_BD, p_ND, *factors, None, job)
             return outputs if want_columns else (outputs[0], None)
-        rows = []
+        rows, kept_bytes = [], 0
         for m, d in enumerate(dims):
             at = slice(m, m + 1)
             row_limit_1B = None if limits[0] is None else limits[0][at]
-            job = _Job((d,), relatives_BK, row_limit_1B, None, False, workspace_mib)
+            job = _Job((d,), relatives_BK, row_limit_1B, None, False, workspace_mib, kept_bytes)
             foretell = functools.partial(row_gradient, m) if row_gradient else None
             given = q_BD, p_ND, factors[0][at], factors[1][at]
             row_1B, is_safe = _Rows.apply(*given, job, path, foretell)
             if path == "eform" and not is_safe:
                 _log_once("similarity sums: exponentials out of range or an empty row; chunk")
+                job = replace(job, copied_bytes=kept_bytes)
                 row_1B, _ = _Rows.apply(*given, job, "chunk", foretell)
+            kept_bytes = job.copied_bytes  # padded copies and foretold gradients, until the backward
             rows.append(row_1B)
         return torch.cat(rows), None
 
@@ -646,7 +654,7 @@ class _Job:
     column_limit_MN: Tensor | None
     want_columns: bool
     workspace_mib: float
-    copied_bytes: int = 0  # by padding
+    copied_bytes: int = 0  # by padding; at the start, what other dims' jobs keep
 
     def tile(self, kernel: str, x: Tensor, has_bias: bool = False) -> Tile:
         if INTERPRETING:
@@ -663,12 +671,17 @@ class _Job:
 
     def padded(self, x_nD: Tensor) -> tuple[Tensor, tuple[int, ...]]:
         """x with every segment padded with zeros to whole steps of features, (n, S), and the end of
-        each: a mask on features inside the hot loop would cost its wide, early loads."""
+        each: a mask on features inside the hot loop would cost its wide, early loads. Starts at a
+        multiple of 16 bytes, as descriptors must."""
         step = TILE_INTERPRETED.features if INTERPRETING else 128 // x_nD.element_size()
         widths = [-(-(hi - lo) // step) * step for lo, hi in _segments(self.dims)]
         ends = tuple(sum(widths[: m + 1]) for m in range(len(widths)))
         if ends == self.dims and x_nD.shape[1] == ends[-1]:
-            return x_nD.contiguous(), ends
+            x_nS = x_nD.contiguous()
+            if x_nS.data_ptr() % 16:  # a view into something else
+                x_nS = x_nS.clone()
+                self.copied_bytes += x_nS.numel() * x_nS.element_size()
+            return x_nS, ends
         x_nS = x_nD.new_zeros(len(x_nD), ends[-1])
         self.copied_bytes += x_nS.numel() * x_nS.element_size()
         for (lo, hi), (start, _) in zip(_segments(self.dims), _segments(ends), strict=True):
@@ -692,8 +705,10 @@ class _Job:
 
     def chunks(self, B: int, row_bytes: int, room_bytes: float, step: int) -> list[tuple[int, int]]:
         """Rows lo..hi so that a chunk of `row_bytes` a row fits into the room; whole tiles (`step`)
-        of one size but for the last. At least one tile: the bound gives way, not the result."""
-        c = max(step, int(room_bytes / row_bytes) // step * step)
+        of one size but for the last. At least a tile, and about _LEAST_ROWS: the bound gives way,
+        not the result or its time."""
+        least = _LEAST_ROWS[len(self.dims) > 1] * min(1.0, self.workspace_mib / 1024)
+        c = max(step, int(least) // step * step, int(room_bytes / row_bytes) // step * step)
         if c < B:  # equal chunks: no short one at the end that leaves the device idle
             pieces = -(-B // c)
             c = min(c, -(-B // (pieces * step)) * step)
@@ -1018,6 +1033,9 @@ class _Rows(torch.autograd.Function):
         ctx.save_for_backward(q_BD, p_ND, q_BS, p_NS, a_B, b_N, row_B)
         ctx.job, ctx.path, ctx.ends = job, path, ends
         ctx.foretold = (up_B, walk.grad_q_BS, walk.grad_p_NS) if wants and is_safe else None
+        if wants:
+            wide = [x for x in (walk.grad_q_BS, walk.grad_p_NS) if x is not None]
+            job.copied_bytes += 4 * sum(x.numel() for x in wide)
         return row_B[None] / _LOG2E, is_safe
 
     @staticmethod

@@ -302,6 +302,47 @@ def test_chunks_are_whole_tiles_that_fit(kernels):
         assert largest * 100 <= max(room, 64 * 100)
 
 
+@pytest.mark.parametrize("M", [1, 5])
+@pytest.mark.parametrize("N, D", [(65_536, 768), (131_072, 1024), (262_144, 768)])
+def test_chunks_stay_large_where_gradients_fill_the_workspace(kernels, M, N, D):
+    """Chunks of one tile would read and write the float32 gradient of the candidates 2,048 times,
+    longer than all products take."""
+    job = kernels._Job(tuple(range(1, M + 1)), None, None, None, False, 1024)
+    wide = torch.empty(N, D, device="meta")
+    row_bytes = 2 * M * N + (4 * M * (N // 64 + N // 128) if M > 1 else 0)
+    chunks = job.chunks(N, row_bytes, job.room_beside(wide, wide, torch.bfloat16), 128)
+    rows = chunks[0][1] - chunks[0][0]
+    assert rows >= (2048 if M == 1 else 896)
+    if N == 65_536:  # where the goal of 1 GiB stands
+        assert rows * row_bytes + 2 * 4 * wide.numel() <= 2**30
+
+
+def test_what_earlier_dims_keep_is_taken_from_the_workspace_of_later_ones(
+    kernels, device, monkeypatch
+):
+    """Foretold gradients of all dims live until the backward: the bound is on all of them."""
+    c = Case(B=20, N=24, dims=(8, 16), D=16, path="chunk")
+    x, rooms, room_beside = given(c, device), [], kernels._Job.room_beside
+    monkeypatch.setattr(
+        kernels._Job, "room_beside", lambda *a: rooms.append(room_beside(*a)) or rooms[-1]
+    )
+    options = {"dims": c.dims, "path": "chunk", "workspace_mib": 8}
+    kernels.sweep(*x.leaves(), **options, row_gradient=lambda m, lo, hi, row_c: row_c * 0)
+    first, second = rooms
+    step = kernels._Job((8,), None, None, None, False, 8).padded(x.q_BD[:, :8])[0].shape[1]
+    assert first - second >= 4 * (c.B + c.N) * step
+
+
+def test_operands_begin_where_a_descriptor_can(kernels, device):
+    """A contiguous view at an odd offset: the tensor memory accelerator takes multiples of 16."""
+    job = kernels._Job((64,), None, None, None, False, 1)
+    x_nD = torch.arange(1 + 4 * 64.0, device=device)[1:].reshape(4, 64)
+    assert x_nD.is_contiguous() and x_nD.data_ptr() % 16
+    x_nS, _ = job.padded(x_nD)
+    assert x_nS.data_ptr() % 16 == 0 and torch.equal(x_nS, x_nD)
+    assert job.copied_bytes == x_nS.numel() * x_nS.element_size()
+
+
 # ----------------------------------------------------------------------------------------------
 # sums of softplus
 
