@@ -180,9 +180,8 @@ def rook_by(path: str) -> Callable[..., Gradients]:
                 return torch.sigmoid(row_c - z_MB[m, lo:hi]) / z_MB.numel()
 
             row_MB, column_MN = kernels().sweep(
-                q_BD, p_ND, scale * prefix_factors(q_BD.float(), dims),
-                prefix_factors(p_ND.float(), dims), dims=dims, relatives_BK=row_B[:, None],
-                want_columns=two_sided, path=path,
+                q_BD, p_ND, scale * prefix_factors(q_BD, dims), prefix_factors(p_ND, dims),
+                dims=dims, relatives_BK=row_B[:, None], want_columns=two_sided, path=path,
                 row_gradient=foretell if path in ("chunk", "eform") else None,
             )  # fmt: skip
         loss = F.softplus(row_MB - z_MB, threshold=40).mean()

@@ -167,7 +167,6 @@ def mean_scores(
     q_BD: Tensor, p_ND: Tensor, targets: Targets, dim: int, scale: Tensor
 ) -> dict[str, Tensor]:
     """Shares of the mean score of the pairs and of all cells (by sums of vectors, not of cells)."""
-    q_BD, p_ND = q_BD.to(scale.dtype), p_ND.to(scale.dtype)
     pairs = targets.pair_query_P, targets.pair_passage_P
     z_P = positive_scores(q_BD, p_ND, scale, *pairs, dims=[dim])[0]
     q_D = (q_BD[:, :dim] * prefix_factors(q_BD, [dim])[0, :, None]).sum(0)

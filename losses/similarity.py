@@ -32,6 +32,8 @@ KERNELS = Path(__file__).parents[1] / "kernels" / "infonce_triton.py"
 _CHUNK_ELEMENTS = {"cpu": 2**22, "cuda": 2**26}
 # Elements of z kept from the forward for the backward; what does not fit is computed again.
 _KEPT_ELEMENTS = {"cpu": 2**24, "cuda": 2**28}
+# Elements in float32 at once of pairs' scores and norms, which keep their inputs and no wide copies.
+_WIDE_ELEMENTS = 2**24
 _EPS = 1e-12  # as F.normalize
 # exp(z) and the sum of a row of them stay in float32's range while |z| is at most this.
 _BOUND = 64.0
@@ -197,7 +199,7 @@ def _by_kernels(
         row_limit_MB = limits.row_MB * scale.detach()
         if "column" in want:
             column_limit_MN = limits.column_MN * scale.detach()
-    factors = scale.float() * prefix_factors(q_BD.float(), dims), prefix_factors(p_ND.float(), dims)
+    factors = scale.float() * prefix_factors(q_BD, dims), prefix_factors(p_ND, dims)
     rules = {"dims": dims, "relatives_BK": relatives_BK, "row_limit_MB": row_limit_MB}
     found = Sums()
     if "row" in want or "column" in want:
@@ -268,19 +270,105 @@ def positive_scores(
     _check(q_BD, p_ND, dims, None)
     wide = torch.promote_types(q_BD.dtype, torch.float32)
     with torch.autocast(q_BD.device.type, enabled=False):
-        q_PD, p_PD = q_BD[pair_query_P].to(wide), p_ND[pair_passage_P].to(wide)
-        dot_MP = _prefix_sums(q_PD * p_PD, dims)
-        return dot_MP * prefix_factors(q_PD, dims) * prefix_factors(p_PD, dims) * scale.to(wide)
+        return _PairScores.apply(q_BD, p_ND, scale.to(wide), pair_query_P, pair_passage_P, dims)
+
+
+def _pair_scores(q_PD: Tensor, p_PD: Tensor, scale: Tensor, dims: Sequence[int]) -> Tensor:
+    q_PD, p_PD = q_PD.to(scale.dtype), p_PD.to(scale.dtype)
+    dot_MP = _prefix_sums(q_PD * p_PD, dims)
+    return dot_MP * _prefix_factors(q_PD, dims) * _prefix_factors(p_PD, dims) * scale
+
+
+class _PairScores(torch.autograd.Function):
+    """_pair_scores of rows of q_BD and p_ND, a share at a time. Autograd alone would keep both
+    gathered in float32 until the backward, beside the workspace of the sweep."""
+
+    @staticmethod
+    def forward(ctx, q_BD, p_ND, scale, query_P, passage_P, dims):
+        ctx.save_for_backward(q_BD, p_ND, scale, query_P, passage_P)
+        ctx.dims, ctx.spans = dims, _spans(len(query_P), q_BD.shape[1])
+        parts = [
+            _pair_scores(q_BD[query_P[at]], p_ND[passage_P[at]], scale, dims) for at in ctx.spans
+        ]
+        return torch.cat(parts, 1)
+
+    @staticmethod
+    def backward(ctx, grad_MP):
+        q_BD, p_ND, scale, query_P, passage_P = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:3]
+        if torch.is_grad_enabled():  # of second order: the plain way
+            z_MP = _pair_scores(q_BD[query_P], p_ND[passage_P], scale, ctx.dims)
+            return *_grads(z_MP, (q_BD, p_ND, scale), needs, grad_MP), None, None, None
+        found = [torch.zeros_like(x) if n else None for x, n in zip(ctx.saved_tensors, needs)]
+        for at in ctx.spans:
+            with torch.enable_grad(), torch.autocast(q_BD.device.type, enabled=False):
+                rows = q_BD[query_P[at]], p_ND[passage_P[at]], scale
+                inputs = [x.detach().requires_grad_(n) for x, n in zip(rows, needs, strict=True)]
+                z_Mc = _pair_scores(*inputs, ctx.dims)
+            grads = _grads(z_Mc, inputs, needs, grad_MP[:, at])
+            for x, grad, to in zip(found, grads, (query_P[at], passage_P[at], None), strict=True):
+                if x is not None and to is None:
+                    x += grad
+                elif x is not None:
+                    x.index_put_((to,), grad, accumulate=True)
+        return *found, None, None, None
+
+
+def _grads(
+    out: Tensor, inputs: Sequence[Tensor], needs: Sequence[bool], upstream: Tensor
+) -> list[Tensor | None]:
+    """Gradients of the inputs that need one; with a graph of their own where autograd is on."""
+    wanted = [x for x, n in zip(inputs, needs, strict=True) if n]
+    found = iter(torch.autograd.grad(out, wanted, upstream, create_graph=torch.is_grad_enabled()))
+    return [next(found) if n else None for n in needs]
+
+
+def _spans(n: int, D: int) -> list[slice]:
+    """0..n in shares of about _WIDE_ELEMENTS / D rows; one at least."""
+    rows = max(1, _WIDE_ELEMENTS // D)
+    return [slice(lo, min(lo + rows, n)) for lo in range(0, max(1, n), rows)]
 
 
 def prefix_factors(x_nD: Tensor, dims: Sequence[int]) -> Tensor:
-    """1 / norm of each prefix, (M, n); 1 at the full width: the tower normalises it, or not."""
-    full = x_nD.new_ones(len(x_nD))
+    """1 / norm of each prefix, (M, n), float32 at least; 1 at the full width: the tower normalises
+    it, or not."""
+    if list(dims) == [x_nD.shape[1]] or x_nD.dtype in (torch.float32, torch.float64):
+        return _prefix_factors(x_nD, dims)
+    return _NarrowFactors.apply(x_nD, dims)
+
+
+def _prefix_factors(x_nD: Tensor, dims: Sequence[int]) -> Tensor:
+    wide = torch.promote_types(x_nD.dtype, torch.float32)
+    full = x_nD.new_ones(len(x_nD), dtype=wide)
     if list(dims) == [x_nD.shape[1]]:
         return full[None]
-    norm_Mn = _prefix_sums(x_nD.square(), dims).clamp_min(_EPS**2).sqrt()
+    norm_Mn = _prefix_sums(x_nD.to(wide).square(), dims).clamp_min(_EPS**2).sqrt()
     rows = [full if d == x_nD.shape[1] else 1 / n for d, n in zip(dims, norm_Mn, strict=True)]
     return torch.stack(rows)
+
+
+class _NarrowFactors(torch.autograd.Function):
+    """_prefix_factors of bf16 or fp16, a share of rows at a time, without a copy in float32 that
+    lives until the backward."""
+
+    @staticmethod
+    def forward(ctx, x_nD, dims):
+        ctx.save_for_backward(x_nD)
+        ctx.dims, ctx.spans = dims, _spans(*x_nD.shape)
+        return torch.cat([_prefix_factors(x_nD[at], dims) for at in ctx.spans], 1)
+
+    @staticmethod
+    def backward(ctx, grad_Mn):
+        (x_nD,) = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return *_grads(_prefix_factors(x_nD, ctx.dims), [x_nD], [True], grad_Mn), None
+        grad_nD = torch.empty_like(x_nD)
+        for at in ctx.spans:
+            with torch.enable_grad(), torch.autocast(x_nD.device.type, enabled=False):
+                x_cD = x_nD[at].detach().requires_grad_()
+                factor_Mc = _prefix_factors(x_cD, ctx.dims)
+            (grad_nD[at],) = _grads(factor_Mc, [x_cD], [True], grad_Mn[:, at])
+        return grad_nD, None
 
 
 @torch.no_grad()

@@ -160,6 +160,70 @@ def test_single_cells_equal_the_matrix():
         torch.testing.assert_close(z_P, matrix(q_BD, p_ND, 7.0, dim)[rows, columns])
 
 
+def plain_pairs(q_BD, p_ND, scale, rows, columns, dims):
+    """positive_scores by autograd, everything kept."""
+    q_PD, p_PD = q_BD[rows].to(scale.dtype), p_ND[columns].to(scale.dtype)
+    found = []
+    for d in dims:
+        z_P = (q_PD[:, :d] * p_PD[:, :d]).sum(1) * scale
+        for x_PD in (q_PD, p_PD) if d < q_BD.shape[1] else ():
+            z_P = z_P / x_PD[:, :d].norm(dim=1)
+        found.append(z_P)
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize("dims", [[12], [5], [3, 7, 12]])
+@pytest.mark.parametrize("share", [24, 2**24])
+def test_scores_of_pairs_are_differentiable_twice(dims, share, monkeypatch):
+    """They keep their inputs alone and are computed again, pieces of two pairs or all at once; a
+    graph may be used again, and by another gradient."""
+    monkeypatch.setattr(similarity, "_WIDE_ELEMENTS", share)
+    leaves = [unit(4, 12), unit(5, 12, seed=1), torch.tensor(7.0, dtype=torch.float64)]
+    leaves = [x.requires_grad_() for x in leaves]
+    rows, columns = torch.tensor([0, 3, 3, 1, 2]), torch.tensor([4, 0, 4, 4, 1])
+    found = []
+    for z_MP in (
+        positive_scores(*leaves, rows, columns, dims=dims),
+        plain_pairs(*leaves, rows, columns, dims),
+    ):
+        first = torch.autograd.grad(z_MP.sin().sum(), leaves, retain_graph=True)
+        again = torch.autograd.grad(z_MP.sin().sum(), leaves, retain_graph=True)
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+        graph = torch.autograd.grad(z_MP.sin().sum(), leaves, create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in graph), leaves)
+        found.append([z_MP, *first, *graph, *second])
+    for ours, plain in zip(*found, strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("dims", [[64], [16, 32, 64]])
+def test_no_wide_copy_of_narrow_pairs_outlives_the_forward(dims):
+    """Beside a sweep of 65,536 x 768 each would be 192 MiB; the gradients keep every bit."""
+    q_BD, p_ND = (unit(8, 64, seed=s, dtype=torch.bfloat16).requires_grad_() for s in (0, 1))
+    scale, at, kept = torch.tensor(20.0), torch.arange(8), []
+
+    def loss(pairs, factors):
+        z_MP = pairs(q_BD, p_ND, scale, at, at, dims)
+        return z_MP.sum() + factors(q_BD, dims).square().sum()
+
+    def pack(x):
+        kept.append(x)
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        found = loss(lambda *a: positive_scores(*a[:-1], dims=a[-1]), similarity.prefix_factors)
+    assert kept and not [x for x in kept if x.dtype == torch.float32 and x.numel() >= 8 * 16]
+
+    def plain(q_BD, p_ND, scale, rows, columns, dims):
+        return similarity._pair_scores(q_BD[rows], p_ND[columns], scale, dims)
+
+    wanted = loss(plain, lambda x_nD, dims: similarity._prefix_factors(x_nD.float(), dims))
+    assert torch.equal(found, wanted)
+    grads = (torch.autograd.grad(x, (q_BD, p_ND)) for x in (found, wanted))
+    for ours, other in zip(*grads, strict=True):
+        assert torch.equal(ours, other)
+
+
 def test_wide_scores_neither_overflow_nor_vanish():
     """At temperature .01 z spans 200: a fixed maximum would give exp(-200) = 0 and log 0."""
     q_BD = torch.tensor([[1.0, 0.0], [-1.0, 0.0]])
