@@ -99,6 +99,8 @@ def main() -> None:
     device = pick_device(args.device)
     deadline = time.monotonic() + args.limit_s
     rows = []
+    folder = Path(args.out or DATA)
+    folder.mkdir(parents=True, exist_ok=True)
     for name, work, unit, call in jobs(args, device):
         if time.monotonic() > deadline:
             print(f"{name}: not run: no time left")
@@ -108,16 +110,14 @@ def main() -> None:
             ms = milliseconds(call, device)
             found |= {"ms": float(f"{ms:.4g}"), "rate": float(f"{1000 * work / ms:.4g}")}
             rows.append(found | {"unit": unit})
+            if args.csv:
+                append_csv(folder / "ceilings.csv", [rows[-1] | provenance()])
         except (RuntimeError, TypeError) as error:  # a product this torch lacks, or no memory
             print(f"{name}: {' '.join(str(error).split())[:160]}")
     shown = {k: k for k in ("name", "precision", "ms", "rate", "unit")}
     print(table(rows, shown))
     if args.json:
         Path(args.json).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-    if args.csv:
-        folder = Path(args.out or DATA)
-        folder.mkdir(parents=True, exist_ok=True)
-        append_csv(folder / "ceilings.csv", [r | provenance() for r in rows])
 
 
 if __name__ == "__main__":

@@ -6,13 +6,23 @@ has its seconds; one that overruns is stopped and said so, and what it found sta
 in all; --full goes on to 262k and takes up to 40, with the benchmarks of whole training steps,
 which want more packages and a model.
 
-Needs torch, triton, numpy and pytest. What else is missing is named, and its rows are left out:
-pip install --no-deps memeff==0.3.1 inf-cl==1.2.1 siglip-kernel==0.1.2 sentence-transformers
+Every cell goes to cells.jsonl of the folder as soon as it is measured, and the files of a finished
+part stay: python -m benchmarks.gpu --rebuild --out FOLDER completes infonce.csv and summary.txt of
+a killed run, on any machine.
+
+Needs torch, triton, numpy and pytest. What else is missing is named, and its rows are left out. The
+peers are pure Python; where that machine has no network, bring them along:
+
+    pip install --target peers --no-deps \\
+        memeff==0.3.1 inf-cl==1.2.1 siglip-kernel==0.1.2 sentence-transformers
+    PYTHONPATH=peers make gpu
 """
 
 import argparse
 import contextlib
+import csv
 import importlib.util
+import json
 import os
 import signal
 import subprocess
@@ -23,8 +33,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
-from benchmarks import infonce
-from benchmarks.turns import DATA
+BEGAN = time.monotonic()  # torch takes seconds to import, and they count
+
+from benchmarks import infonce  # noqa: E402
+from benchmarks.turns import DATA  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 TOTAL_S, FULL_S = 470, 2400
@@ -32,6 +44,7 @@ LEAST_S = 10  # in which a process can start and find anything
 OPTIONAL = ("memeff", "inf_cl", "siglip_kernel", "sentence_transformers", "xdist", "omegaconf")
 SUITE = ("tests/kernels", "tests/models/test_gpu.py")
 FIVE = "768,512,256,128,64"
+MOST_ERROR = 0.05  # of a gradient, relative: bf16 has 0.002
 LIBRARIES = ["chunked-lce", "chunked-lce-4096", "linear_cross_entropy", "memeff", "inf-cl", "dense"]
 OWN = ["rook-eform", "rook-fused", "rook-chunk", "rook-torch"]
 
@@ -101,11 +114,11 @@ def parts() -> list[Part]:
 
 def full_parts() -> list[Part]:
     """What `parts` has, with time enough, then all sizes from 1k to 262k and other widths."""
-    everything = "1024 2048 4096 8192 16384 32768 65536 131072 262144"
+    everything = "262144 131072 65536 32768 16384 8192 4096 2048 1024"
     peers = ["rook-eform", "rook-fused", "rook-chunk", *LIBRARIES]
     many = ["rook-fused", "rook-eform", "memeff", "chunked-lce-4096", "dense"]
     two = ("--loss", "two-sided")
-    widths = " ".join(f"{n}x{n}x{D}" for D in (384, 1024) for n in (8192, 32768, 65536))
+    widths = " ".join(f"{n}x{n}x{D}" for D in (384, 1024) for n in (65536, 32768, 8192))
     longer = [Part(p.name, 2 * p.limit_s, p.commands) for p in parts()]
     step = ("benchmarks.step", "--device", "cuda", "--csv")
     return [
@@ -142,7 +155,8 @@ def full_parts() -> list[Part]:
 class Run:
     """Runs parts one after the other; what they print goes to the screen and to `log`.
 
-    rows  of benchmarks/infonce.py, measured or not
+    total_s  seconds for all parts from now on
+    rows     of benchmarks/infonce.py, measured or not
     """
 
     def __init__(self, out: Path, log: TextIO, total_s: float):
@@ -153,10 +167,13 @@ class Run:
         print(text, flush=True)
         print(text, file=self.log, flush=True)
 
-    def part(self, part: Part) -> str:
-        """What became of it, in words."""
+    def part(self, part: Part, later_s: float = 0.0) -> str:
+        """What became of it, in words. It may take what the parts before it left over.
+
+        later_s  what the parts after it need
+        """
         began = time.monotonic()
-        ends = min(began + part.limit_s, self.deadline)
+        ends = self.deadline - later_s
         self.say(f"\n== {part.name} (at most {max(0.0, ends - began):.0f} s)")
         of_loss = [c[1:] for c in part.commands if c[0] == "benchmarks.infonce"]
         states = [self.losses(of_loss, ends)] if of_loss else []
@@ -169,7 +186,10 @@ class Run:
         than what it measures."""
         requests = [infonce.arguments(list(options)) for options in commands]
         limit_s = ends - time.monotonic()
-        rows = infonce.in_cells(requests, requests[0].device, limit_s=limit_s, say=self.say)
+        lines = self.out / CELLS
+        rows = infonce.in_cells(
+            requests, requests[0].device, limit_s=limit_s, say=self.say, lines=lines
+        )
         self.say(infonce.table(rows))
         infonce.save(rows, self.out)
         self.rows += rows
@@ -211,6 +231,25 @@ class Run:
 
 
 LIMITED = ("benchmarks.ceilings", "benchmarks.share")
+CELLS = "cells.jsonl"
+
+
+def rebuild(out: Path) -> list[dict]:
+    """Append to infonce.csv of a folder what only its cells.jsonl has; all rows of the latter."""
+    lines = []
+    for number, text in enumerate((out / CELLS).read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            lines.append(json.loads(text))
+        except ValueError:  # the process was killed while it wrote
+            print(f"{out / CELLS}:{number}: left out: not a whole line")
+    rows = infonce.rows_of_lines(lines)
+    old = []
+    if (out / "infonce.csv").is_file():
+        with (out / "infonce.csv").open(encoding="utf-8") as file:
+            old = [{k: v for k, v in row.items() if v} for row in csv.DictReader(file)]
+    new = [row for row in rows if {k: str(v) for k, v in row.items() if v != ""} not in old]
+    infonce.save(new, out)
+    return rows
 
 
 # ----------------------------------------------------------------------------------------------
@@ -219,7 +258,9 @@ LIMITED = ("benchmarks.ceilings", "benchmarks.share")
 
 def goals(rows: list[dict]) -> list[tuple[str, str, str]]:
     """(what, found, goal) at B = N = 65,536, D = 768, bf16, from rows of benchmarks/infonce.py;
-    ours is the best of its paths."""
+    ours is the best of its paths. A side counts that has both gradients, and right; the others are
+    named at the end."""
+    left_out = {}
 
     def best(kind: str, dims: str, ours: bool) -> tuple[float, str, dict] | None:
         found = []
@@ -230,7 +271,14 @@ def goals(rows: list[dict]) -> list[tuple[str, str, str]]:
                 continue
             for prefix, side in (("", row["ours"]), ("peer_", row["peer"])):
                 ms = row[f"{prefix}ms"]
-                if ms != "" and side.startswith("rook") == ours:
+                if ms == "" or side.startswith("rook") != ours:
+                    continue
+                error = row[f"{prefix}gradient_error"]
+                if row[f"{prefix}gradients"] != 2:
+                    left_out[side, kind, dims] = f"{ms:g} ms, the gradient of one side alone"
+                elif not error < MOST_ERROR:
+                    left_out[side, kind, dims] = f"{ms:g} ms, its gradient is {error:g} off"
+                else:
                     found.append((ms, side, {"MiB": row[f"{prefix}beyond_mib"]}))
         return min(found, key=lambda x: x[0], default=None)
 
@@ -247,6 +295,8 @@ def goals(rows: list[dict]) -> list[tuple[str, str, str]]:
         ("five dims against the best peer", _ratio(best("one-sided", FIVE, False), five), ">= 2")
     )
     lines.append(("five dims beyond inputs and gradients", _memory(five), "<= 1024 MiB"))
+    for (side, kind, dims), why in left_out.items():
+        lines.append((f"not counted: {side}, {kind}, dims {dims}", why, ""))
     return lines
 
 
@@ -278,6 +328,10 @@ def main() -> None:
         help="of the CSV files, gpu.log and summary.txt; default: benchmarks/data",
     )  # fmt: skip
     parser.add_argument("--plan", action="store_true", help="print the commands and stop")
+    parser.add_argument(
+        "--rebuild", action="store_true",
+        help="complete infonce.csv and write summary.txt from cells.jsonl of --out, and stop",
+    )  # fmt: skip
     args = parser.parse_args()
     to_run = full_parts() if args.full or args.part else parts()
     to_run = [p for p in to_run if not args.part or p.name in args.part]
@@ -286,32 +340,58 @@ def main() -> None:
             print(f"{part.name}: {part.limit_s:g} s")
             print("\n".join("  python -m " + " ".join(command) for command in part.commands))
         return
+    out = Path(args.out).resolve()
+    if args.rebuild:
+        if not (out / CELLS).is_file():
+            raise SystemExit(f"benchmarks.gpu: no {CELLS} in {out}; --out is the folder of a run")
+        write_summary(out, goal_lines(rebuild(out)))
+        return
     import torch
     import triton
 
     if not torch.cuda.is_available():
         raise SystemExit("benchmarks.gpu: no CUDA device here; --plan prints what would run")
-    out = Path(args.out).resolve()
     out.mkdir(parents=True, exist_ok=True)
-    began = time.monotonic()
-    with (out / "gpu.log").open("w", encoding="utf-8") as log:
-        run = Run(out, log, FULL_S if args.full or args.part else TOTAL_S)
-        outcome = {part.name: run.part(part) for part in to_run}
+    if args.part:
+        total_s = sum(part.limit_s for part in to_run)
+    else:
+        total_s = FULL_S if args.full else TOTAL_S
     missing = [name for name in OPTIONAL if importlib.util.find_spec(name) is None]
-    lines = [
-        f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__},"
-        f" Python {sys.version.split()[0]}, {time.strftime('%Y-%m-%d')},"
-        f" {time.monotonic() - began:.0f} s",
-        f"missing packages: {', '.join(missing) or 'none'}",
-        *(f"{name}: {state}" for name, state in outcome.items()),
-        "",
-        "bf16, forward and backward, B = N = 65,536, D = 768:",
-        *(f"  {what}: {found}{goal and f'; goal {goal}'}" for what, found, goal in goals(run.rows)),
-    ]
+    device = torch.cuda.get_device_name()
+    outcome: dict[str, str] = {}
+    if (out / CELLS).is_file():  # of a run before this one, perhaps killed
+        rebuild(out)
+        (out / CELLS).unlink()
+    with (out / "gpu.log").open("w", encoding="utf-8") as log:
+        run = Run(out, log, total_s - (time.monotonic() - BEGAN))
+        for i, part in enumerate(to_run):
+            outcome[part.name] = run.part(part, sum(p.limit_s for p in to_run[i + 1 :]))
+            lines = [
+                f"{device}, torch {torch.__version__}, triton {triton.__version__},"
+                f" Python {sys.version.split()[0]}, {time.strftime('%Y-%m-%d')},"
+                f" {time.monotonic() - BEGAN:.0f} s",
+                f"missing packages: {', '.join(missing) or 'none'}",
+                *(f"{p.name}: {outcome.get(p.name, 'not begun')}" for p in to_run),
+                "",
+                *goal_lines(run.rows),
+            ]
+            write_summary(out, lines)  # after each part: this process may be killed
     print("\n" + "\n".join(lines))
-    (out / "summary.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     if any("failed" in outcome.get(name, "") for name in ("tests", "registers")):
         raise SystemExit(1)
+
+
+def goal_lines(rows: list[dict]) -> list[str]:
+    return [
+        "bf16, forward and backward, B = N = 65,536, D = 768:",
+        *(f"  {what}: {found}{goal and f'; goal {goal}'}" for what, found, goal in goals(rows)),
+    ]
+
+
+def write_summary(out: Path, lines: list[str]) -> None:
+    beside = out / "summary.txt.tmp"
+    beside.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    os.replace(beside, out / "summary.txt")
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ import argparse
 import json
 import statistics
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -245,12 +246,14 @@ def in_cells(
     *,
     limit_s: float,
     say: Callable[[str], None] = print,
+    lines: Path | None = None,
 ) -> list[dict]:
-    """A row for each case and peer of each request; ours is measured once a case."""
+    """A row for each case and peer of each request; ours is measured once a case.
 
-    def report(cell: Cell, found: dict) -> None:
-        outcome = f"{found['ms']:g} ms" if "ms" in found else found["note"]
-        say(f"{cell.case.name} {cell.case.precision} {cell.side}: {outcome}")
+    lines  a file that every cell is appended to as soon as it is there, one JSON line each: what
+           rows_of_lines takes when this process is killed
+    """
+    from benchmarks.turns import provenance
 
     groups = []
     for args in requests:
@@ -258,14 +261,42 @@ def in_cells(
             peers = [p for p in args.peer or [*PATHS, *PEERS] if p != args.ours]
             groups.append((case, args.ours, [p for p in peers if case.kind in SIDES[p].kinds]))
     cells = [Cell(case, side) for case, ours, peers in groups for side in (ours, *peers)]
+    ours_of_cells = iter([ours for _, ours, peers in groups for _ in (ours, *peers)])
+    found, now = [], provenance()
+
+    def report(cell: Cell, answer: dict) -> None:  # in the order of cells
+        outcome = f"{answer['ms']:g} ms" if "ms" in answer else answer["note"]
+        say(f"{cell.case.name} {cell.case.precision} {cell.side}: {outcome}")
+        line = {"case": asdict(cell.case), "ours": next(ours_of_cells), "side": cell.side}
+        found.append(line | {"found": answer, "provenance": now})
+        if lines is not None:
+            with lines.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(found[-1]) + "\n")
+
     limits = {"limit_s": limit_s, "cell_limit_s": max(args.cell_limit_s for args in requests)}
-    found = iter(run_cells(cells, device=device, report=report, **limits))
-    rows = []
-    for case, ours, peers in groups:
-        of_ours = next(found)
-        rows += [paired(case, ours, of_ours, peer, next(found)) for peer in peers]
-        if not peers:
-            rows.append(paired(case, ours, of_ours, "", {}))
+    run_cells(cells, device=device, report=report, **limits)
+    return rows_of_lines(found)
+
+
+def rows_of_lines(lines: list[dict]) -> list[dict]:
+    """A row for each line of a peer, beside that of ours of its case before it; one for ours alone
+    where no peer follows."""
+    rows, of_ours, has_peer = [], None, True
+
+    def add(line: dict, side: str, answer: dict) -> None:
+        case = Case(**(line["case"] | {"dims": tuple(line["case"]["dims"])}))
+        row = paired(case, line["ours"], of_ours["found"], side, answer)
+        rows.append(row | line["provenance"])
+
+    for line in [*lines, None]:
+        is_ours = line is None or line["side"] == line["ours"]
+        if is_ours and not has_peer:
+            add(of_ours, "", {})
+        if is_ours:
+            of_ours, has_peer = line, False
+        else:
+            add(line, line["side"], line["found"])
+            has_peer = True
     return rows
 
 
@@ -287,7 +318,7 @@ def paired(case: Case, ours: str, of_ours: dict, peer: str, of_peer: dict) -> di
         "rounds": first.get("calls", ""),
         "loss": first.get("loss", ""),
     }
-    for key in ("ms", "p20_ms", "p80_ms", "beyond_mib", "gradient_error"):
+    for key in ("ms", "p20_ms", "p80_ms", "beyond_mib", "gradients", "gradient_error"):
         row |= {key: of_ours.get(key, ""), f"peer_{key}": of_peer.get(key, "")}
     return (
         row | _about(case, ours) | {"ours_note": of_ours["note"], "note": of_peer.get("note", "")}
@@ -331,7 +362,9 @@ def save(rows: list[dict], folder: str | Path | None) -> None:
     folder = Path(folder or DATA)
     folder.mkdir(parents=True, exist_ok=True)
     measured = [r for r in rows if r["ms"] != "" or r["peer_ms"] != ""]
-    append_csv(folder / "infonce.csv", [r | provenance() for r in measured])
+    here = provenance()  # of rows by turns; those of cells bring theirs
+    rows = [r | {k: r.get(k, v) for k, v in here.items()} for r in measured]
+    append_csv(folder / "infonce.csv", rows)
 
 
 if __name__ == "__main__":

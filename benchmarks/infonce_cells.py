@@ -170,6 +170,7 @@ class Bench:
     def measure(self, cell: Cell) -> dict:
         """
         ms, p20_ms, p80_ms, calls   of forward and backward
+        gradients                   how many of the two inputs get one
         peak_mib, beyond_mib        growth at the highest point of a call; less the gradients
         loss, gradient_error, loss_found   float64's loss, error against it, the side's loss
         """
@@ -190,6 +191,7 @@ class Bench:
             if not torch.isclose(loss.double(), wanted.loss, rtol=1e-2, atol=0):
                 notes.append(f"finds loss {loss.item():.4g}")
         held_mib = sum(g.numel() * g.element_size() for g in gradients if g is not None) / 2**20
+        num_gradients = sum(g is not None for g in gradients)
         del loss, gradients
         release_freed_memory()
         if self.device.type == "cuda":
@@ -200,7 +202,8 @@ class Bench:
             self._wait()
             once_s = clock() - began
         grown_mib = memory.in_use_mib
-        result |= {"peak_mib": round(grown_mib, 1), "beyond_mib": round(grown_mib - held_mib, 1)}
+        result |= {"gradients": num_gradients, "peak_mib": round(grown_mib, 1)}
+        result |= {"beyond_mib": round(grown_mib - held_mib, 1)}
         fewest = 5 if once_s < 0.5 else 3 if once_s < 2 else 1
         calls = min(_MOST_CALLS, max(fewest, round(_TIMED_S / once_s)))
         times = sorted(self._times(call, calls))

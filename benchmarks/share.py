@@ -14,6 +14,7 @@ Shapes: T tokens of a pack, S texts, D embedding.
 import argparse
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -101,7 +102,12 @@ def text_ms(tower: Tower, packed: Packed, precision: str, device: torch.device) 
     }
 
 
-def rows_of(args: argparse.Namespace, device: torch.device) -> list[dict]:
+def rows_of(
+    args: argparse.Namespace,
+    device: torch.device,
+    keep: Callable[[list[dict]], None] = lambda rows: None,
+) -> list[dict]:
+    """keep  called with the rows of a cell as soon as it is measured"""
     deadline = time.monotonic() + args.limit_s
     precision = args.precision or ("bf16" if has_fast_bf16(device) else "fp32")
     encode: dict[str, dict[str, float]] = {}  # encoder -> milliseconds of a pair
@@ -121,17 +127,16 @@ def rows_of(args: argparse.Namespace, device: torch.device) -> list[dict]:
         for name in args.encoder
         for side in args.side
     ]
-    found = run_cells(
-        [Cell(case, side, checked=False) for _, case, side in keys],
-        device=device.type, limit_s=deadline - time.monotonic(), cell_limit_s=args.cell_limit_s,
-        report=lambda cell, found: print(cell.case.name, cell.side, found.get("ms", found["note"])),
-    )  # fmt: skip
-    rows = []
-    for (name, case, side), result in zip(keys, found, strict=True):
+    rows, reported = [], iter(keys)  # cells are reported in their order
+
+    def report(cell: Cell, result: dict) -> None:
+        print(cell.case.name, cell.side, result.get("ms", result["note"]))
+        name, case, side = next(reported)
+        of_cell = []
         for kind, pair_ms in encode[name].items():
             encode_ms, loss_ms = case.B * pair_ms, result.get("ms")
             share = None if loss_ms is None else loss_ms / (loss_ms + encode_ms)
-            rows.append(
+            of_cell.append(
                 {
                     "encoder": name,
                     "passages": kind,
@@ -148,13 +153,29 @@ def rows_of(args: argparse.Namespace, device: torch.device) -> list[dict]:
                     "note": result["note"],
                 }
             )
+        rows.extend(of_cell)
+        if "ms" in result:
+            keep(of_cell)
+
+    run_cells(
+        [Cell(case, side, checked=False) for _, case, side in keys],
+        device=device.type, limit_s=deadline - time.monotonic(), cell_limit_s=args.cell_limit_s,
+        report=report,
+    )  # fmt: skip
     return sorted(rows, key=lambda r: (r["encoder"], r["passages"], r["batch"]))
 
 
 def main() -> None:
     args = arguments()
     keep_freed_memory()
-    rows = rows_of(args, pick_device(args.device))
+    folder = Path(args.out or DATA)
+
+    def keep(rows: list[dict]) -> None:
+        if args.csv:
+            folder.mkdir(parents=True, exist_ok=True)
+            append_csv(folder / "share.csv", [r | provenance() for r in rows])
+
+    rows = rows_of(args, pick_device(args.device), keep)
     print(
         f"encode_ms: measured on packs of {args.pack_tokens} tokens ({args.query_tokens} a query,"
         f" {args.passage_tokens} a passage), times the batch; share: of encode_ms + loss_ms"
@@ -162,11 +183,6 @@ def main() -> None:
     print(table(rows, SHOWN))
     if args.json:
         Path(args.json).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-    if args.csv:
-        folder = Path(args.out or DATA)
-        folder.mkdir(parents=True, exist_ok=True)
-        measured = [r | provenance() for r in rows if r["loss_ms"] != ""]
-        append_csv(folder / "share.csv", measured)
 
 
 if __name__ == "__main__":

@@ -138,14 +138,19 @@ def main(arguments, compare, workers) -> None:
 
 
 def append_csv(path: Path, rows: list[dict]) -> None:
-    """Append rows; when a row brings new columns the file is written again with them, old cells
-    empty."""
-    old = list(csv.DictReader(path.open(encoding="utf-8"))) if path.is_file() else []
+    """Append rows; when a row brings new columns old cells are empty. The file is written again
+    beside itself and then takes its own place: old rows outlive a process that is killed here."""
+    old = []
+    if path.is_file():
+        with path.open(encoding="utf-8") as file:
+            old = list(csv.DictReader(file))
     columns = list(dict.fromkeys(k for r in [*old, *rows] for k in r))
-    with path.open("w", newline="", encoding="utf-8") as file:
+    beside = path.with_name(path.name + ".tmp")
+    with beside.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
         writer.writeheader()
         writer.writerows([*old, *rows])
+    os.replace(beside, path)
 
 
 def provenance() -> dict[str, str]:

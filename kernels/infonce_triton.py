@@ -463,9 +463,9 @@ def sweep(
                      M may be 1 for the same limit at every dim. No gradient reaches them
     path             one of PATHS; "auto" picks by the table in `choose`. "chunk" and "eform" know
                      rows only and walk over several dims one by one
-    workspace_mib    memory beyond inputs, outputs and gradients (that of "dense" is not bounded). It
-                     gives way where float32 gradients leave too little for chunks of 2048 rows, 896
-                     with several dims on "fused" (2 and 0.875 for each MiB under 1024)
+    workspace_mib    memory beyond inputs, outputs and gradients (that of "dense" is not bounded).
+                     It gives way where float32 gradients leave too little for chunks of 2048 rows,
+                     896 with several dims on "fused" (under 1024 MiB in proportion)
     row_gradient     (m, lo, hi, row_c) -> the gradient the loss will have by the sums of rows
                      lo..hi at dim m, where the caller can foretell it. "chunk" and "eform" then
                      compute gradients in the forward: 6 instead of 8 B N D operations. The backward
@@ -510,7 +510,7 @@ def sweep(
                 _log_once("similarity sums: exponentials out of range or an empty row; chunk")
                 job = replace(job, copied_bytes=kept_bytes)
                 row_1B, _ = _Rows.apply(*given, job, "chunk", foretell)
-            kept_bytes = job.copied_bytes  # padded copies and foretold gradients, until the backward
+            kept_bytes = job.copied_bytes  # until the backward
             rows.append(row_1B)
         return torch.cat(rows), None
 

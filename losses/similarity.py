@@ -32,7 +32,7 @@ KERNELS = Path(__file__).parents[1] / "kernels" / "infonce_triton.py"
 _CHUNK_ELEMENTS = {"cpu": 2**22, "cuda": 2**26}
 # Elements of z kept from the forward for the backward; what does not fit is computed again.
 _KEPT_ELEMENTS = {"cpu": 2**24, "cuda": 2**28}
-# Elements in float32 at once of pairs' scores and norms, which keep their inputs and no wide copies.
+# Elements in float32 at once of pairs' scores and norms: they keep no wide copies of their inputs.
 _WIDE_ELEMENTS = 2**24
 _EPS = 1e-12  # as F.normalize
 # exp(z) and the sum of a row of them stay in float32's range while |z| is at most this.
@@ -299,7 +299,8 @@ class _PairScores(torch.autograd.Function):
         if torch.is_grad_enabled():  # of second order: the plain way
             z_MP = _pair_scores(q_BD[query_P], p_ND[passage_P], scale, ctx.dims)
             return *_grads(z_MP, (q_BD, p_ND, scale), needs, grad_MP), None, None, None
-        found = [torch.zeros_like(x) if n else None for x, n in zip(ctx.saved_tensors, needs)]
+        inputs = q_BD, p_ND, scale
+        found = [torch.zeros_like(x) if n else None for x, n in zip(inputs, needs, strict=True)]
         for at in ctx.spans:
             with torch.enable_grad(), torch.autocast(q_BD.device.type, enabled=False):
                 rows = q_BD[query_P[at]], p_ND[passage_P[at]], scale

@@ -1,5 +1,6 @@
 """The one command for a GPU cannot run here: its plan, its clock and its arithmetic can."""
 
+import csv
 import io
 import time
 
@@ -95,7 +96,8 @@ def test_goals_take_the_best_path_and_the_best_peer():
         return {
             **{"kind": kind, "precision": "bf16", "name": name, "cosine": 0.4, "ours": "rook"},
             **{"ms": ours, "peer": peer, "peer_ms": peer_ms, "beyond_mib": 900.0},
-            "peer_beyond_mib": 700.0,
+            **{"peer_beyond_mib": 700.0, "gradients": 2, "gradient_error": 2e-3},
+            **{"peer_gradients": 2, "peer_gradient_error": 2e-3},
         }
 
     rows = [
@@ -113,6 +115,70 @@ def test_goals_take_the_best_path_and_the_best_peer():
     assert found["five dims against the best peer"] == "3.00 (memeff / rook)"
 
 
+def test_goals_leave_out_sides_without_both_gradients_or_with_wrong_ones():
+    """A side with half of the work, or a broken one, would be the best of all."""
+    row = {"kind": "one-sided", "precision": "bf16", "cosine": 0.4, "ours": "rook", "ms": 30.0}
+    row |= {"name": "loss 65536x65536x768 dims 768", "beyond_mib": 1.0, "peer_beyond_mib": 1.0}
+    row |= {"gradients": 2, "gradient_error": 0.3, "peer_gradients": 2}
+    half = {"peer": "memeff", "peer_ms": 40.0, "peer_gradients": 1, "peer_gradient_error": 1e-3}
+    dense = {"peer": "dense", "peer_ms": 90.0, "peer_gradient_error": 2e-3}
+    eform = {"peer": "rook-eform", "peer_ms": 45.0, "peer_gradient_error": 2e-3}
+    wrong = {"peer": "inf-cl", "peer_ms": 41.0, "peer_gradient_error": float("nan")}
+    rows = [row | x for x in (half, dense, eform, wrong)]
+    found = {what: value for what, value, _ in goals(rows)}
+    assert found["one-sided"] == "45 ms (rook-eform)"
+    assert found["one-sided against the best peer"] == "2.00 (dense / rook-eform)"
+    reasons = {k.removeprefix("not counted: "): v for k, v in found.items() if "not counted" in k}
+    assert reasons == {
+        "rook, one-sided, dims 768": "30 ms, its gradient is 0.3 off",
+        "memeff, one-sided, dims 768": "40 ms, the gradient of one side alone",
+        "inf-cl, one-sided, dims 768": "41 ms, its gradient is nan off",
+    }
+
+
+def test_a_part_may_take_what_earlier_ones_left_over(tmp_path, monkeypatch):
+    """Seconds of a part that ends early are those of a lent device."""
+    run, ends = Run(tmp_path, io.StringIO(), total_s=100), []
+    monkeypatch.setattr(run, "command", lambda command, end: ends.append(end) or "done")
+    run.part(gpu.Part("short", 5, (("timeit",),)), later_s=30)
+    run.part(gpu.Part("last", 30, (("timeit",),)))
+    assert [end - run.deadline for end in ends] == [-30, 0]
+    for part in full_parts():  # what is cut is the small end
+        for module, *options in part.commands:
+            if module == "benchmarks.infonce" and part.name.startswith(("all", "widths")):
+                sizes = [case.B for case in infonce.cases_of(infonce.arguments(options))]
+                assert sizes[0] == max(sizes)
+
+
+def test_a_killed_run_leaves_every_cell_it_measured(tmp_path, monkeypatch):
+    """A command on a lent device ends after ten minutes, whatever it is doing."""
+
+    def killed(cells, *, report, **options):
+        for ms, cell in enumerate(cells, 1):
+            if ms == 4:
+                raise KeyboardInterrupt
+            report(cell, {"ms": float(ms), "calls": 5, "gradients": 2, "note": ""})
+
+    monkeypatch.setattr(infonce, "run_cells", killed)
+    gpu_rows = tmp_path / "infonce.csv"
+    gpu_rows.write_text("name,peer\ncommitted,dense\n")
+    run = Run(tmp_path, io.StringIO(), total_s=100)
+    options = ("--device", "cuda", "--size", "65536x65536x768", "--dims", "-", "--peer")
+    with pytest.raises(KeyboardInterrupt):
+        run.losses([(*options, "dense"), (*options, "dense", "--loss", "two-sided")], 1e9)
+    with (tmp_path / gpu.CELLS).open("a") as file:
+        file.write('{"case": {"ki')  # killed while it wrote
+    monkeypatch.setattr("sys.argv", ["gpu", "--rebuild", "--out", str(tmp_path)])
+    for _ in range(2):  # rows are not written twice
+        gpu.main()
+        saved = list(csv.DictReader(gpu_rows.open()))
+        assert [r["name"].split(" ")[0] for r in saved] == ["committed", "loss", "loss"]
+    one, two = saved[1:]
+    wanted = [["one-sided", "1.0", "dense", "2.0"], ["two-sided", "3.0", "", ""]]
+    assert [[r[k] for k in ("kind", "ms", "peer", "peer_ms")] for r in (one, two)] == wanted
+    assert one["date"] and "B = N = 65,536" in (tmp_path / "summary.txt").read_text()
+
+
 def test_ceilings_are_of_the_work_that_was_done(monkeypatch):
     """A factor of two in the operations would move every share of the peak."""
     import torch
@@ -127,6 +193,25 @@ def test_ceilings_are_of_the_work_that_was_done(monkeypatch):
         call()
 
 
+def test_ceilings_are_written_one_by_one(tmp_path, monkeypatch):
+    """A killed process leaves what it has measured."""
+    times = iter([3.0, 4.0])
+
+    def milliseconds(call, device):
+        try:
+            return next(times)
+        except StopIteration:
+            raise KeyboardInterrupt from None
+
+    monkeypatch.setattr(ceilings, "milliseconds", milliseconds)
+    options = ["--rows", "64", "--chunk", "16", "--width", "8", "--square", "32", "--copy-mib", "1"]
+    options += ["--device", "cpu", "--precision", "fp32", "--csv", "--out", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", ["ceilings", *options])
+    with pytest.raises(KeyboardInterrupt):
+        ceilings.main()
+    assert [r["ms"] for r in csv.DictReader((tmp_path / "ceilings.csv").open())] == ["3.0", "4.0"]
+
+
 @pytest.mark.slow
 def test_the_share_of_a_step_is_the_loss_over_loss_and_encoding():
     """Encoding is measured on one pack and grows with the batch."""
@@ -135,8 +220,10 @@ def test_the_share_of_a_step_is_the_loss_over_loss_and_encoding():
     options = ["--encoder", "tiny", "--batch", "16", "64", "--side", "dense", "rook-eform"]
     args = share.arguments([*options, "--pack-tokens", "64", "--query-tokens", "8",
                             "--passage-tokens", "32"])  # fmt: skip
-    rows = share.rows_of(args, torch.device("cpu"))
-    assert len(rows) == 8
+    kept = []
+    rows = share.rows_of(args, torch.device("cpu"), kept.extend)
+    assert len(rows) == 8 and len(kept) == 4  # as measured, one by one
+    assert all(row in rows and row["side"] == "dense" for row in kept)
     for row in rows:
         assert row["encode_ms"] == pytest.approx(row["batch"] * row["pair_ms"], rel=1e-3)
         if row["side"] == "dense":

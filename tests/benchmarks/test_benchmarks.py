@@ -91,3 +91,17 @@ def test_csv_keeps_old_rows_when_a_column_is_new(tmp_path):
         {"a": "1", "b": "2", "c": ""},
         {"a": "3", "b": "", "c": "4,5"},
     ]
+
+
+def test_old_rows_outlive_a_process_that_is_killed_while_it_writes(tmp_path):
+    """The file holds committed rows of other machines."""
+    path = tmp_path / "rows.csv"
+    append_csv(path, [{"a": 1}])
+
+    class Killed:
+        def __str__(self) -> str:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        append_csv(path, [{"a": 2}, {"a": Killed()}])
+    assert path.read_text() == "a\n1\n"
