@@ -114,6 +114,7 @@ class ModelConfig:
 
 CONTRASTIVE_LOSSES = ("infonce", "sigmoid")
 SCORE_LOSSES = ("margin_mse", "kl")  # of a reranker, or of a retriever that learns its scores
+KERNEL_PATHS = ("auto", "fused", "chunk", "eform", "dense")  # as PATHS of kernels/infonce_triton.py
 RERANK_LOSSES = (
     "bce", "softmax", "listmle", "ranknet", "lambdarank", "lambdaloss", "margin_mse", "kl",
     "cross_entropy",
@@ -164,6 +165,9 @@ class LossConfig:
     dims_per_step: int = 0  # a seeded sample of the dims each step; 0: all
     # auto (today: torch) | torch (chunks) | triton (kernels/, on CUDA) | dense (one matrix)
     backend: str = "auto"
+    # of backend=triton: auto (by size and loss) | fused | dense | chunk, eform (rows alone);
+    # kernels/README.md says what they cost
+    path: str = "auto"
 
     @property
     def query_negatives(self) -> bool:
@@ -200,6 +204,7 @@ class LossConfig:
         self._check_negatives()
         self._check_teacher()
         self._check_dims()
+        self._check_path()
         if self.kind == "sigmoid":
             self._check_sigmoid()
         else:
@@ -287,11 +292,42 @@ class LossConfig:
             f" loss.dims ({len(self.dims)})",
         )
 
+    def _check_path(self) -> None:
+        _one_of("loss.path", self.path, KERNEL_PATHS)
+        if self.path == "auto":
+            return
+        _require(
+            self.backend == "triton",
+            f"loss.path ({self.path}) is a way of loss.backend=triton, not of {self.backend};"
+            f" set loss.path=auto",
+        )
+        by_score = self.false_negative_margin is not None or self.false_negative_ratio is not None
+        torch_alone = [
+            name
+            for name, is_set in (
+                ("loss.guide", self.guide is not None),
+                ("loss.label_smoothing", self.label_smoothing and by_score),
+                ("loss.debias", self.debias and by_score),
+            )
+            if is_set
+        ]
+        _require(
+            not torch_alone,
+            f"loss.path ({self.path}): no kernel has what {', '.join(torch_alone)} asks for (here"
+            f" with limits by score); set loss.path=auto",
+        )
+        has_columns = self.symmetric > 0 or "passage_query" in self.negatives
+        _require(
+            self.path in ("fused", "dense") or not (has_columns or self.kind == "sigmoid"),
+            f"loss.path ({self.path}) has sums of rows alone; loss.symmetric, passage_query"
+            f" negatives and loss.kind=sigmoid need others: take fused, dense or auto",
+        )
+
     def _check_sigmoid(self) -> None:
         self._refuse(_SOFTMAX_KEYS, "loss.kind=infonce; the sigmoid loss looks at each cell alone")
 
     def _check_rerank(self) -> None:
-        keys = (*_SOFTMAX_KEYS, "learn_temperature")
+        keys = (*_SOFTMAX_KEYS, "learn_temperature", "path")
         if self.kind not in SCORE_LOSSES:
             keys += ("dims", "dim_weights", "dims_per_step")
         self._refuse(keys, f"a contrastive loss, not to loss.kind={self.kind}")

@@ -44,6 +44,7 @@ from conf.schema import LossConfig
 from losses.rerank import GroupTargets
 from losses.similarity import (
     Limits,
+    RowGradient,
     Sums,
     Teacher,
     positive_scores,
@@ -242,7 +243,8 @@ class _Negatives:
         limits = None
         if self.row_limit_MB is not None:
             limits = Limits(self.row_limit_MB, self.column_limit_MN, *self._guide("query"))
-        sums = self._sums(self.q_BD, self.p_ND, self.t.relatives_BK, limits, want)
+        given = self.q_BD, self.p_ND, self.t.relatives_BK, limits
+        sums = self._sums(*given, want, self._row_gradient())
         if self.wants_columns:  # a column has cells on every rank
             all_RMN = self.ranks.gather_rows(sums.column_MN[None])
             sums.column_MN = log_sum(all_RMN)
@@ -255,6 +257,24 @@ class _Negatives:
             row_count_MB=sums.column_count_MN,
         )
         return sums, columns
+
+    def _row_gradient(self) -> RowGradient | None:
+        """The loss's gradient by a row's sum, up to a factor of the whole loss, where it is known
+        before the loss is: one positive a query and nothing else in its softmax. A kernel that is
+        told spares a pass; one that is told wrong finds out."""
+        c, t = self.c, self.t
+        is_plain = c.negatives == ["query_passage"] and not (c.symmetric or c.hardness)
+        is_plain = is_plain and not self.wants_totals and len(t.pair_query_P) == len(self.q_BD)
+        if not is_plain or c.backend != "triton":
+            return None
+        z_MP, at_P = self.z_MP.detach(), t.pair_query_P
+        z_MB = torch.zeros_like(z_MP).scatter(1, at_P.expand_as(z_MP), z_MP)
+        weight_B = torch.zeros_like(z_MP[0]).scatter(0, at_P, t.pair_weight_P.to(z_MP))
+
+        def foretell(m: int, lo: int, hi: int, row_c: Tensor) -> Tensor:
+            return torch.sigmoid(row_c - z_MB[m, lo:hi]) * weight_B[lo:hi]
+
+        return foretell
 
     def _query_query(self) -> Sums:
         if self.t.query_relatives_BK is None:
@@ -285,11 +305,12 @@ class _Negatives:
         relatives_nK: Tensor,
         limits: Limits | None,
         want: Sequence[str] | None = None,
+        row_gradient: RowGradient | None = None,
     ) -> Sums:
         want = want or ["row"] + ["row_total"] * self.wants_totals
         sums = similarity_sums(
             x_nD, y_ND, self.steeper, dims=self.dims, relatives_BK=relatives_nK, limits=limits,
-            want=want, backend=self.c.backend,
+            want=want, backend=self.c.backend, path=self.c.path, row_gradient=row_gradient,
         )  # fmt: skip
         if self.shrink is not None:
             sums.row_MB = _ScaleGradient.apply(sums.row_MB, self.shrink)

@@ -38,7 +38,7 @@ class Sigmoid(InfoNCE):
         positive_M = (pair_MP * targets.pair_weight_P).sum(1)
         sums = similarity_sums(
             q_BD, p_ND, scale, dims=dims, relatives_BK=targets.relatives_BK, want=("softplus",),
-            bias=self.bias, backend=self.c.backend,
+            bias=self.bias, backend=self.c.backend, path=self.c.path,
         )  # fmt: skip
         loss_M = (positive_M + sums.softplus_MB.sum(1)) / targets.num_examples
         numbers = mean_scores(q_BD, p_ND, targets, max([*self.c.dims, *dims]), scale)

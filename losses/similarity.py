@@ -15,7 +15,7 @@ import importlib.util
 import logging
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
@@ -47,6 +47,9 @@ KINDS = {
     "softplus": "softplus_MB",
     "soft": "soft_MB",
 }
+
+
+RowGradient = Callable[[int, int, int, Tensor], Tensor]
 
 
 @dataclass
@@ -111,6 +114,8 @@ def similarity_sums(
     teacher: Teacher | None = None,
     chunk: int | None = None,
     backend: str = "auto",
+    path: str = "auto",
+    row_gradient: RowGradient | None = None,
 ) -> Sums:
     """Sums over the rows or columns of z, in O(chunk x N) memory, with any upstream gradient.
 
@@ -123,6 +128,9 @@ def similarity_sums(
     chunk         queries at once; None: by size and device; it changes rounding alone
     backend       torch (chunks) | triton (kernels/, where they serve) | dense (one chunk) | auto:
                   torch, as long as no kernel has been measured on a GPU
+    path          of the kernels, one of their PATHS
+    row_gradient  (m, lo, hi, row_c) -> the gradient that the loss will have by the log-sums of rows
+                  lo..hi at dim m, for kernels that then spare a pass; others do not ask
     Gradients reach q_BD, p_ND, scale and bias. Raises ValueError when shapes or dims disagree.
     """
     dims = [q_BD.shape[-1]] if dims is None else list(dims)
@@ -135,13 +143,14 @@ def similarity_sums(
         if want:
             rest = similarity_sums(
                 q_BD, p_ND, scale, dims=dims, relatives_BK=relatives_BK, want=want, bias=bias,
-                teacher=teacher, chunk=chunk, backend=backend,
+                teacher=teacher, chunk=chunk, backend=backend, path=path, row_gradient=row_gradient,
             )  # fmt: skip
         return replace(rest, **_totals(q_BD, p_ND, scale, dims, relatives_BK, totals))
     if backend == "triton":
         why_not = _why_no_kernel(q_BD, want, limits)
         if not why_not:
-            return _by_kernels(q_BD, p_ND, scale, dims, relatives_BK, limits, want, bias)
+            given = q_BD, p_ND, scale, dims, relatives_BK, limits, want, bias
+            return _by_kernels(*given, path, row_gradient)
         _log_once(f"similarity sums: chunks in torch instead of kernels ({why_not})")
     if backend == "dense":
         chunk = max(1, len(q_BD))
@@ -193,6 +202,8 @@ def _by_kernels(
     limits: Limits | None,
     want: tuple[str, ...],
     bias: Tensor | None,
+    path: str,
+    row_gradient: RowGradient | None,
 ) -> Sums:
     row_limit_MB = column_limit_MN = None
     if limits is not None:  # the kernels' limits are on z
@@ -200,12 +211,12 @@ def _by_kernels(
         if "column" in want:
             column_limit_MN = limits.column_MN * scale.detach()
     factors = scale.float() * prefix_factors(q_BD, dims), prefix_factors(p_ND, dims)
-    rules = {"dims": dims, "relatives_BK": relatives_BK, "row_limit_MB": row_limit_MB}
+    rules = {"dims": dims, "relatives_BK": relatives_BK, "row_limit_MB": row_limit_MB, "path": path}
     found = Sums()
     if "row" in want or "column" in want:
         found.row_MB, found.column_MN = kernels().sweep(
             q_BD, p_ND, *factors, **rules, column_limit_MN=column_limit_MN,
-            want_columns="column" in want,
+            want_columns="column" in want, row_gradient=row_gradient,
         )  # fmt: skip
     if "softplus" in want:
         found.softplus_MB = kernels().softplus_sweep(q_BD, p_ND, *factors, bias, **rules)

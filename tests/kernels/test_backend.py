@@ -58,6 +58,36 @@ def test_every_backend_gives_the_same_loss_and_gradients(options, kernels, monke
             torch.testing.assert_close(f, e, rtol=2e-5, atol=2e-7)  # float32, sums in another order
 
 
+@pytest.mark.parametrize("path", ["auto", "eform", "chunk", "fused"])
+@pytest.mark.parametrize("options", [{}, {"dims": [8, 24], "false_negative_margin": 0.5}])
+def test_the_loss_tells_kernels_its_gradient_beforehand(path, options, kernels, monkeypatch):
+    """Without the forecast no user would have the ways of 6 instead of 8 B N D operations; a wrong
+    one would cost a walk more. Pairs come in any order and weigh differently."""
+    if torch.cuda.is_available():
+        pytest.skip("this form is for the interpreter")
+    monkeypatch.setattr(similarity, "kernels", lambda: kernels)
+    monkeypatch.setattr(kernels, "_DENSE_CELLS", 0)
+    walks, run = [], kernels._Walk.run
+    monkeypatch.setattr(kernels._Walk, "run", lambda *a: (walks.append(a[0].path), run(*a))[1])
+    at = targets()
+    at.pair_query_P = at.pair_passage_P = torch.arange(18).flip(0)
+    at.pair_weight_P = torch.linspace(0.5, 1.5, 18)
+    found = []
+    for ways in ({"backend": "triton", "path": path}, {"backend": "torch"}):
+        config = LossConfig(temperature=0.1, learn_temperature=True, **options, **ways)
+        loss_fn = build_loss(config)
+        loss_fn.operands = torch.bfloat16
+        q_BD, p_ND = unit(18, 0), unit(29, 1)
+        loss, _ = loss_fn(q_BD, p_ND, at)
+        (0.3 * loss).backward()
+        found.append([loss.detach(), q_BD.grad, p_ND.grad, loss_fn.log_temperature.grad])
+    M = len(options.get("dims", [24]))
+    taken = {"auto": "eform" if M == 1 else "fused"}.get(path, path)
+    assert walks == [taken] * M * (taken != "fused")
+    for f, e in zip(*found, strict=True):
+        assert (f - e).norm() < 2**-8 * e.norm()  # a coefficient is rounded to bf16 once
+
+
 def test_what_no_kernel_can_do_goes_through_torch_and_says_so(caplog):
     """A silent slow path would be taken for the fast one."""
     similarity._log_once.cache_clear()
