@@ -57,17 +57,20 @@ class Tile:
 
 
 # (kernel, dims, bytes of an element) -> tile; dims is "one", "many", or where a tile of its own is
-# needed "both" and "many both", with limits of rows and columns, or "softplus", several dims with a
-# bias. README.md lists what they compile to.
+# needed "both" and "many both", with limits of rows and columns, or, for several dims, "softplus",
+# with a bias, and "ragged", with columns or a bias where 16 does not divide B or N: addresses then
+# take more registers. README.md lists what they compile to.
 TILES_90 = {
     ("sums", "one", 2): Tile(128, 128, 64, 8, 3, tma=True),
     ("sums", "many", 2): Tile(128, 128, 64, 8, 3, tma=True),
     ("sums", "many both", 2): Tile(128, 64, 64, 8, 3, tma=True),
     ("sums", "softplus", 2): Tile(128, 64, 64, 8, 3, tma=True),
+    ("sums", "ragged", 2): Tile(128, 64, 64, 8, 3, tma=True),
     ("planes", "one", 2): Tile(128, 128, 64, 8, 3, tma=True),
     ("planes", "both", 2): Tile(128, 64, 64, 8, 3, tma=True),
     ("planes", "many", 2): Tile(128, 64, 64, 8, 3, tma=True),
     ("planes", "many both", 2): Tile(128, 64, 64, 8, 3, tma=True, held=1),
+    ("planes", "ragged", 2): Tile(128, 32, 64, 8, 3, tma=True),
     ("exps", "one", 2): Tile(128, 128, 64, 8, 3, tma=True),
     ("sums", "one", 4): Tile(64, 64, 32, 8, 3, tma=True),
     ("sums", "many", 4): Tile(64, 64, 32, 8, 3, tma=True),
@@ -80,6 +83,8 @@ TILES_80 = {key: replace(tile, tma=False) for key, tile in TILES_90.items()} | {
     ("planes", "one", 4): Tile(64, 64, 32, 4, 3),
     ("exps", "one", 4): Tile(64, 64, 32, 4, 3),
     ("sums", "many", 2): Tile(128, 64, 64, 8, 3),
+    ("sums", "many both", 2): Tile(64, 64, 64, 8, 3),
+    ("sums", "ragged", 2): Tile(64, 64, 64, 8, 3),
     ("planes", "both", 2): Tile(128, 128, 64, 8, 3),
     ("planes", "many", 2): Tile(128, 32, 64, 8, 3),
     ("planes", "many both", 2): Tile(128, 32, 64, 8, 3),
@@ -656,7 +661,7 @@ class _Job:
     workspace_mib: float
     copied_bytes: int = 0  # by padding; at the start, what other dims' jobs keep
 
-    def tile(self, kernel: str, x: Tensor, has_bias: bool = False) -> Tile:
+    def tile(self, kernel: str, x: Tensor, has_bias: bool = False, is_ragged: bool = False) -> Tile:
         if INTERPRETING:
             return TILE_INTERPRETED
         major, _ = torch.cuda.get_device_capability(x.device)
@@ -664,6 +669,8 @@ class _Job:
         has_both = self.row_limit_MB is not None and self.column_limit_MN is not None
         if len(self.dims) > 1:
             own, usual = "softplus" if has_bias else "many both" if has_both else "", "many"
+            if is_ragged and (self.want_columns or has_bias):
+                own = "ragged"
         else:
             own, usual = "both" if has_both else "", "one"
         size = x.element_size()
@@ -857,7 +864,7 @@ def _tile_sums(
     softplus.
     """
     M, B, N = len(ends), len(q_BS), len(p_NS)
-    tile = job.tile("sums", q_BS, bias is not None)
+    tile = job.tile("sums", q_BS, bias is not None, bool(B % 16 or N % 16))
     column_tiles = triton.cdiv(N, tile.columns)
     row_MB = a_MB.new_full((M, B), -math.inf if bias is None else 0.0)
     column_MN = a_MB.new_full((M, N), -math.inf) if job.want_columns else None
@@ -916,7 +923,7 @@ class _Gradients:
         has_bias = self.in_bias is not None
         row_log_MB = a_MB if has_bias else _finite(row_MB)
         column_log_MN = _finite(column_MN) if has_columns else b_MN
-        tile = job.tile("planes", q_BS, has_bias)
+        tile = job.tile("planes", q_BS, has_bias, bool(B % 16 or N % 16))
         held = min(tile.held, M - 1)
         column_tiles = triton.cdiv(N, tile.columns)
         stored = _stored(q_BS)

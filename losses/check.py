@@ -9,6 +9,7 @@ row proves and where its bound comes from.
 """
 
 import dataclasses
+import importlib.util
 import logging
 import math
 import os
@@ -21,7 +22,7 @@ from pathlib import Path
 import torch
 
 from conf.schema import TrainConfig
-from losses import comparisons, comparisons_rerank, tiny
+from losses import comparisons, comparisons_kernels, comparisons_rerank, tiny
 from losses.comparisons import Row
 from runtime.run_dir import write_json_atomic
 
@@ -53,11 +54,15 @@ def check(c: TrainConfig, *, sizes: Sequence[int] = (2, 3)) -> tuple[str, list[R
         folder = Path(name)
         small, model = tiny.shrink(c, folder / "base")
         processes = comparisons.start_ranks(of.Subject, small, folder, sizes)
+        kernels = comparisons_kernels.start(small.loss)
         try:
             subject = of.Subject(small)
             rows = [row for compare in of.COMPARISONS for row in compare(subject)]
+            rows += comparisons_kernels.compare_kernels(kernels)
             rows += comparisons.compare_ranks(subject, processes, folder, sizes)
         finally:
+            if kernels is not None:
+                kernels.kill()
             for process in processes:
                 process.kill()
                 process.join()  # it may be writing to the folder that goes now
@@ -73,7 +78,12 @@ def not_checked(c: TrainConfig) -> list[str]:
     """What of the experiment these comparisons do not run, and what does."""
     left = []
     if c.loss.backend == "triton":
-        left.append("loss.backend=triton: kernels have no float64 (`make gpu` compares them)")
+        left.append(
+            "loss.backend=triton: kernels have no float64; all but their own row ran in torch"
+            " (`make gpu` compares them at size)"
+        )
+        if importlib.util.find_spec("triton") is None:
+            left.append("loss.backend=triton: triton is not installed here, so they have no row")
     if c.runtime.compile:
         left.append("runtime.compile: models run as they are (tests/models/test_compile.py)")
     if c.runtime.device not in ("auto", "cpu"):

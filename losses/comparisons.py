@@ -583,10 +583,15 @@ def leaning(angle: float, A: int = 12, N: int = 24) -> tuple[Tensor, Tensor]:
     return angle_A1.cos() * p_ND[:A] + angle_A1.sin() * p_ND[A - 3 : 2 * A - 3], p_ND
 
 
-def rounding(c: LossConfig, q_AD: Tensor, p_ND: Tensor, targets: Targets) -> float:
+def rounding(
+    c: LossConfig, q_AD: Tensor, p_ND: Tensor, targets: Targets, device: torch.device = CPU
+) -> float:
     """Largest relative error of the loss and, in norm, of its gradients; float64 computes from the
-    same rounded embeddings."""
-    found = on_embeddings(build_loss(c), q_AD, p_ND, targets)
+    same rounded embeddings, on a CPU."""
+    fields = {k: v.to(device) for k, v in vars(targets).items() if isinstance(v, Tensor)}
+    there = dataclasses.replace(targets, **fields)
+    found = on_embeddings(build_loss(c).to(device), q_AD.to(device), p_ND.to(device), there)
+    found = Values(found.loss.cpu(), {k: g.cpu() for k, g in found.gradients.items()})
     expected = on_embeddings(dense_loss(c), q_AD.double(), p_ND.double(), targets)
     errors = [(found.loss.double() - expected.loss).abs() / expected.loss.abs()]
     for name, e in expected.gradients.items():

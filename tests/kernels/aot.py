@@ -22,7 +22,8 @@ from triton.compiler import ASTSource
 
 ROOT = Path(__file__).parents[2]
 MANY = (64, 128, 256, 512, 768)
-DIMS = {"one": (768,), "both": (768,), "many": MANY, "many both": MANY, "softplus": MANY}
+DIMS = {"one": (768,), "both": (768,)}
+DIMS |= {of: MANY for of in ("many", "many both", "softplus", "ragged")}
 BOTH = "columns row_limit column_limit"
 SOFTPLUS = "softplus row_limit"
 DTYPES = {"bf16": 2, "fp16": 2, "fp32": 4, "tf32": 4}  # tf32: float32, multiplied fast
@@ -37,14 +38,24 @@ def load_kernels():
     return module
 
 
-def cases(module, arch: int, dims: list[str], options: list[str], dtypes: list[str]):
+def cases(
+    module, arch: int, dims: list[str], options: list[str], dtypes: list[str],
+    is_ragged: bool = False,
+):  # fmt: skip
     """(kernel, dims, dtype, options) of every shipped tile with those options."""
     tiles = module.TILES_90 if arch == 90 else module.TILES_80
     for kernel, of, size in tiles:
         for dtype in dtypes:
             if of not in dims or DTYPES[dtype] != size or (kernel == "exps" and dtype == "fp16"):
                 continue
-            if of in ("both", "many both"):
+            if of == "ragged":
+                for option in ("columns", BOTH, SOFTPLUS) if is_ragged else ():
+                    yield kernel, of, dtype, option
+            elif (
+                is_ragged and of in ("many both", "softplus") and (kernel, "ragged", size) in tiles
+            ):
+                continue
+            elif of in ("both", "many both"):
                 yield kernel, of, dtype, BOTH
             elif of == "softplus":
                 yield kernel, of, dtype, SOFTPLUS
@@ -57,6 +68,8 @@ def cases(module, arch: int, dims: list[str], options: list[str], dtypes: list[s
                         ("many", BOTH): "many both",
                         ("many", SOFTPLUS): "softplus",
                     }.get((of, option))
+                    if is_ragged and of == "many" and option:
+                        other = "ragged"
                     if (kernel, other, size) not in tiles:  # else compiled with its own tile
                         yield kernel, of, dtype, option
 
@@ -154,7 +167,8 @@ if __name__ == "__main__":
     parser.add_argument("--ragged", action="store_true", help="sizes that 16 does not divide")
     parser.add_argument("--workers", type=int, default=1)
     args = parser.parse_args()
-    chosen = list(cases(load_kernels(), args.arch, args.dims, args.options, args.dtypes))
+    options = args.arch, args.dims, args.options, args.dtypes, args.ragged
+    chosen = list(cases(load_kernels(), *options))
     if args.workers == 1:
         rows = (compile_one(args, case) for case in chosen)
     else:

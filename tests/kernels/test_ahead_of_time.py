@@ -58,6 +58,6 @@ def test_other_numbers_of_dims_and_ragged_sizes(arch):
     many = ("--dims", "many", "many both", "softplus")
     rows = compiled(*bf16, *many, "--ends", "128,384,768", "--options", "columns")
     assert {row["dims"] for row in rows} == {3}
-    ragged = compiled(*bf16, "--ragged", "--options", "columns")
+    ragged = compiled(*bf16, "--ragged", "--options", "", "columns")
     assert all(row["is_ragged"] for row in ragged)
     check(rows + ragged)

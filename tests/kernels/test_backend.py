@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from conf.schema import LossConfig
-from losses import similarity
+from losses import comparisons_kernels, similarity
 from losses.build import build_loss
 from losses.infonce import Targets
 
@@ -86,6 +86,23 @@ def test_the_loss_tells_kernels_its_gradient_beforehand(path, options, kernels, 
     assert walks == [taken] * M * (taken != "fused")
     for f, e in zip(*found, strict=True):
         assert (f - e).norm() < 2**-8 * e.norm()  # a coefficient is rounded to bf16 once
+
+
+def test_the_check_compares_kernels_with_the_specification(kernels, monkeypatch):
+    """python -m losses.check on an experiment of loss.backend=triton; a wrong kernel is a row out
+    of bounds, and what no kernel serves has none."""
+    if torch.cuda.is_available():
+        pytest.skip("this form is for the interpreter")
+    monkeypatch.setattr(similarity, "kernels", lambda: kernels)
+    monkeypatch.setattr(comparisons_kernels, "TEMPERATURES", (0.1,))
+    cpu, plain = torch.device("cpu"), LossConfig(backend="triton", path="fused")
+    (row,) = comparisons_kernels.rows_of(plain, cpu)
+    assert row.ok and row.difference > 0 and "fused" in row.what
+    monkeypatch.setattr(kernels._Gradients, "_emit", lambda *a: None)
+    (row,) = comparisons_kernels.rows_of(plain, cpu)
+    assert not row.ok
+    guided = LossConfig(backend="triton", guide="x", false_negative_margin=0.0)
+    assert comparisons_kernels.rows_of(guided, cpu) == []
 
 
 def test_what_no_kernel_can_do_goes_through_torch_and_says_so(caplog):

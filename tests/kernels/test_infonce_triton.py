@@ -333,6 +333,25 @@ def test_what_earlier_dims_keep_is_taken_from_the_workspace_of_later_ones(
     assert first - second >= 4 * (c.B + c.N) * step
 
 
+def test_a_tile_of_its_own_is_taken_where_the_usual_one_spills(kernels, monkeypatch):
+    """The gate compiles what is listed; a key that nothing asks for would protect nobody."""
+    monkeypatch.setattr(kernels, "INTERPRETING", False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    wide, x = torch.zeros(1, 1), torch.zeros(1, 1, dtype=torch.bfloat16)
+    asked = set()
+    for dims in ((8,), (4, 8)):
+        for columns, limits in ((False, False), (True, False), (True, True)):
+            limit = wide if limits else None
+            job = kernels._Job(dims, None, limit, limit if columns else None, columns, 1)
+            for has_bias in {False, not columns}:
+                for is_ragged in (False, True):
+                    for kernel in ("sums", "planes"):
+                        tile = job.tile(kernel, x, has_bias, is_ragged)
+                        asked |= {k for k, t in kernels.TILES_90.items() if t is tile}
+                        assert job.tile(kernel, x.float(), has_bias, is_ragged).features == 32
+    assert asked == {k for k in kernels.TILES_90 if k[0] != "exps" and k[2] == 2}
+
+
 def test_operands_begin_where_a_descriptor_can(kernels, device):
     """A contiguous view at an odd offset: the tensor memory accelerator takes multiples of 16."""
     job = kernels._Job((64,), None, None, None, False, 1)

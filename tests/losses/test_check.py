@@ -12,7 +12,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from losses import check, comparisons, infonce, tiny
+from conf.schema import LossConfig
+from losses import check, comparisons, comparisons_kernels, infonce, tiny
 from losses.comparisons import Row, Subject, Values, compare_ranks
 
 ROOT = Path(__file__).parents[2]
@@ -77,6 +78,26 @@ def test_exit_code_and_file_say_what_is_out_of_bounds(monkeypatch, tmp_path, cap
     assert run(monkeypatch, "+experiment=toy", *words) == 0
     assert "not checked: loss.backend=triton: kernels have no float64" in capsys.readouterr().out
     assert len(json.loads(file.read_text())["not_checked"]) == 2
+
+
+@pytest.mark.slow
+def test_an_experiment_with_kernels_has_rows_of_them():
+    """They run in a process of their own, with Triton's interpreter where there is no GPU."""
+    pytest.importorskip("triton")
+    c = LossConfig(backend="triton", symmetric=0.5)
+    rows = list(comparisons_kernels.compare_kernels(comparisons_kernels.start(c)))
+    assert [row.name for row in rows] == ["kernels, temperature 0.1", "kernels, temperature 0.03"]
+    assert all(row.ok and "fused" in row.what for row in rows)
+    assert comparisons_kernels.start(LossConfig()) is None
+
+
+def test_a_process_of_kernels_that_fails_is_a_row_out_of_bounds():
+    """It must not look as if there was nothing to compare."""
+    command = [sys.executable, "-S", "-c", "raise RuntimeError('no kernel')"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen(command, text=True, **pipes)
+    (row,) = comparisons_kernels.compare_kernels(process)
+    assert not row.ok and "RuntimeError: no kernel" in row.what
 
 
 @pytest.mark.parametrize(
