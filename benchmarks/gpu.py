@@ -2,7 +2,8 @@
 
 In this order: the correctness suite, ceilings, the alternatives of our loss, peers, Matryoshka
 dims, gradient errors, what the loss is of a step, registers and spills of every kernel. Each part
-has its seconds; one that overruns is stopped and said so, and what it found stays. Under 8 minutes
+has its seconds and what those before it left over; one that overruns is stopped and said so, and
+what it found stays. Under 8 minutes
 in all; --full goes on to 262k and takes up to 40, with the benchmarks of whole training steps,
 which want more packages and a model.
 
