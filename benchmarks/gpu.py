@@ -91,7 +91,7 @@ def parts() -> list[Part]:
             loss("65536 8192 32768", OWN),
             loss("65536 8192 32768", ["rook-fused", "rook-torch"], *two),
         )),
-        Part("peers", 85, (
+        Part("peers", 80, (
             loss("65536 8192 32768", LIBRARIES),
             loss("65536 8192 32768", ["memeff", "inf-cl", "dense"], *two),
             loss("65536 8192", ["siglip-kernel", "dense"], "--loss", "sigmoid"),
@@ -108,8 +108,8 @@ def parts() -> list[Part]:
             loss("8192", ["rook-fused", "memeff", "inf-cl"], *two,
                  "--at-loss", "1e-4", "1e-2", "1"),
         )),
-        Part("share of a step", 45, (("benchmarks.share", "--device", "cuda", "--csv"),)),
-        Part("registers", 30, (gate(),)),
+        Part("share of a step", 40, (("benchmarks.share", "--device", "cuda", "--csv"),)),
+        Part("registers", 40, (gate(),)),
     ]  # fmt: skip
 
 
