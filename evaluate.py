@@ -84,8 +84,9 @@ def retrieve(c: "EvaluateConfig", bad: "BadRows") -> tuple[dict[str, Any], "dict
     if c.against and is_eval(Path(c.against)):
         other = read_eval(Path(c.against), data, c.precision)
         if kind_of(c.model) == "retriever":
-            for dim, precision in product(c.dims, precisions_of(c)):  # before anything is encoded
-                counterpart(vector_label(dim, precision, c), other, True)
+            # before anything is encoded; dim 0: the width that the model has
+            for dim, precision in product(c.dims or [0], precisions_of(c)):
+                counterpart(vector_label(dim, precision, c), other, bool(c.dims))
     system = evaluate_model(c.model, data, c, names)
     if c.against and other is None:
         other = evaluate_model(c.against, data, c, names)
@@ -142,8 +143,12 @@ def counterpart(label: str, other: "System", dims_were_asked: bool) -> str:
         same, dims_were_asked = found, False  # a side without vectors: nothing has to agree
     if not found or (same and not dims_were_asked):
         return same[0] if found else "bm25"
-    what = f"{dim} dimensions" + (f" and {precision}" if precision else "")
-    raise ValueError(f"against={other.name} has no results at {what}, only at {', '.join(found)}")
+    what = [f"{dim} dimensions"] if dim != "0" else []
+    what = " and ".join([*what, precision] if precision else what) or "one precision"
+    raise ValueError(
+        f"against={other.name} has no results at {what}, only at {', '.join(found)}; evaluate it at"
+        " the same dims= and precision=, or give the model itself as against="
+    )
 
 
 # ---------------------------------------------------------------------------------------- reranking

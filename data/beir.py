@@ -348,8 +348,11 @@ def read_beir(
         path = part(root, f"qrels/{other}.tsv")
         if other != split and path is not None:
             # first field alone: what else is wrong with rows that are not asked for is no matter
-            for _, _, line in read_rows(path, BadRows("skip")):
-                unjudged.discard(line.split("\t")[0].strip())
+            try:
+                for _, _, line in read_rows(path, BadRows("skip")):
+                    unjudged.discard(line.split("\t")[0].strip())
+            except ValueError as e:
+                log.info("%s: not read for the count of unjudged queries: %s", path, e)
     return RetrievalSet(
         name=name or root.resolve().name,
         doc_ids=list(doc_lines),

@@ -291,9 +291,19 @@ def opened_files(source: SourceConfig, splits: Iterable[str | None]) -> list[Pat
 
 
 def tell_files(source: SourceConfig, splits: Iterable[str | None]) -> None:
-    """Says in the log which files are read as what, where their names are not the splits'."""
+    """Says in the log which files are read as what, where their names are not the splits', and
+    warns of those that no split reads."""
     by_split = _split_files(source, _root(source))
-    for split in dict.fromkeys(splits):
+    splits = list(dict.fromkeys(splits))
+    known = {*splits, *_known_names()}
+    left = [p.name for split, files in by_split.items() if split not in known for p in files]
+    if left:
+        log.warning(
+            "%s: not read: %s; put train, dev or test into the name, or give the file by itself",
+            source.root,
+            _listed(left),
+        )
+    for split in splits:
         files = by_split.get(split, [])
         names = {_split_of(p) for p in files}
         listed = _listed([p.name for p in files])
@@ -415,7 +425,7 @@ def _rows(
                 try:
                     layout = layouts[keys] = layout_for(keys, source)
                 except ColumnError as e:
-                    bad.report(where, e.expected, e.found)
+                    bad.report(where, e.expected, e.found, of_all=num_rows == 1)
                     continue
                 if needed is None:
                     unused |= set(keys) - set(layout.needed())

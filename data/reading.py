@@ -262,7 +262,7 @@ def _hub_commit(root: str, revision: str | None, cache_dir: Path) -> str:
     except Exception as e:  # no package, no network, no such data set
         at = f" at revision {revision}" if revision else ""
         status = getattr(getattr(e, "response", None), "status_code", None)
-        is_answer = status is not None and status < 500
+        is_answer = status is not None and status < 500 and status not in (408, 429)
         error = (ValueError if is_answer else _NoHub)(
             f"data.root={root}{at} is no file or folder here, and the hub does not answer for it"
             f" ({type(e).__name__}: {e}); check the id and the network, or give a local copy"

@@ -108,12 +108,16 @@ class BadRows:
     def count(self) -> int:
         return len(self._seen)
 
-    def report(self, where: str, expected: str, found: str) -> None:
-        """Raises ValueError "where: expected ..., found ..." unless on_bad_row is skip."""
+    def report(self, where: str, expected: str, found: str, *, of_all: bool = False) -> None:
+        """Raises ValueError "where: expected ..., found ..." unless on_bad_row is skip.
+
+        of_all  every row of the file has it, so that leaving rows out is no way on
+        """
         message = f"{where}: expected {expected}, found {found}"
         if self.on_bad_row == "error":
-            way_on = f"; {self.setting}=skip leaves bad rows out and lists them"
-            raise ValueError(message + (way_on if self.setting else ""))
+            lists = " and lists them" if self.list_path else ""
+            way_on = f"; {self.setting}=skip leaves bad rows out{lists}"
+            raise ValueError(message + (way_on if self.setting and not of_all else ""))
         key = hash_bytes(f"{where}\0{expected}\0{found}".encode("utf-8", "surrogateescape"))
         if key in self._seen:
             return

@@ -11,7 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from conf.schema import PrepareConfig, SourceConfig
-from data.formats import available_splits, read_examples, read_groups
+from data.formats import (
+    available_splits,
+    detect,
+    read_examples,
+    read_groups,
+    resolve_split,
+    tell_files,
+)
 from data.records import BadRows, Example, hash_bytes
 from data.tables import open_table, sniff
 from runtime.run_dir import write_lines_atomic
@@ -48,7 +55,10 @@ def read_source(c: PrepareConfig, source: Path, *, groups: bool = False) -> list
     spec = SourceConfig(root=str(source), columns=c.columns if is_data else {}, texts=texts)
     read = read_groups if groups else read_examples
     try:
-        return list(read(spec, c.split if is_data and available_splits(spec) else None))
+        split = c.split if is_data and available_splits(spec) else None
+        if is_data and detect(source) not in ("beir", "hub"):
+            tell_files(spec, [split and resolve_split(spec, split)])
+        return list(read(spec, split))
     except ValueError as e:  # the readers name train.py's settings
         message = str(e).replace("data.root", "data").replace("data.columns", "columns")
         raise ValueError(message.replace("data.texts", "score.texts")) from None

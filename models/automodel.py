@@ -41,9 +41,11 @@ HEADS = frozenset(
     " projection_head qa_classifier qa_outputs score sequence_summary sop_classifier"
     " splinter_qass vocab_layer_norm vocab_projector vocab_transform".split()
 )
-# ... and constants that older versions stored: positions, causal masks, rotary angles.
+# ... and what older versions stored: positions, causal masks, rotary angles, DeBERTa's config, and
+# the share of its generator in embeddings of which `weight` is the sum.
 BUFFERS = re.compile(
-    r"(^|\.)(position_ids|token_type_ids|inv_freq|cos_cached|sin_cached|embed_positions\.weights"
+    r"^config$|(^|\.)(position_ids|token_type_ids|inv_freq|cos_cached|sin_cached"
+    r"|embed_positions\.weights|(word|position)_embeddings\._weight"
     r"|(attn|attention)\.(bias|masked_bias))$"
 )
 

@@ -27,6 +27,7 @@ from data.formats import (
     read_examples,
     read_groups,
     read_retrieval_set,
+    tell_files,
 )
 from data.records import HashIndex
 
@@ -407,13 +408,15 @@ def test_splits_come_from_file_names_shards_and_usual_aliases(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("form", ["squad_{}", "{}_v2", "my.{}", "A-{}-0001", "{}-a-00000-of-00001"])
-def test_a_split_may_be_a_word_of_the_file_name(tmp_path: Path, form: str) -> None:
+def test_a_split_may_be_a_word_of_the_file_name(tmp_path: Path, form: str, caplog) -> None:
     """Otherwise squad_test.jsonl is trained on."""
     for name in ("Train", "validation", "test"):
         path = tmp_path / f"{form.format(name)}.jsonl"
         write_jsonl(path, [{"query": name, "positive": name}])
     write_jsonl(tmp_path / "testimony.jsonl", [{"query": "other", "positive": "other"}])
     assert available_splits(source(tmp_path)) == ["train", "dev", "test", "testimony"]
+    tell_files(source(tmp_path), ["train"])
+    assert "not read: testimony.jsonl; put train, dev or test into the name" in caplog.text
     for split, word in (("train", "Train"), ("validation", "validation"), ("test", "test")):
         assert [e.query for e in read(tmp_path, split)] == [word]
     write_jsonl(tmp_path / "nq_train.jsonl", [{"query": "more", "positive": "more"}])

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import pytrec_eval
 
+import evals.systems
 import evaluate
 from conf.schema import EvaluateConfig, SourceConfig
 from data.formats import read_retrieval_set
@@ -121,7 +122,7 @@ def test_several_precisions_come_from_one_encoding_and_equal_those_asked_alone(
     evaluate.run(one)  # a list of one is the same evaluation
 
 
-def test_against_compares_the_same_precision(beir, tiny_base, tmp_path):
+def test_against_compares_the_same_precision(beir, tiny_base, tmp_path, monkeypatch):
     """An eval.json of one precision among several, and of several beside one."""
     options = {"dims": [8], "bm25": False}
     several = ["int8", "binary"]
@@ -144,6 +145,14 @@ def test_against_compares_the_same_precision(beir, tiny_base, tmp_path):
         labels_and_diffs(precision=several, against=one)
     with pytest.raises(ValueError, match="no results at 8 dimensions, only at 8 int8, 8 binary"):
         labels_and_diffs(precision="fp32", against=both)
+    del options["dims"]
+    monkeypatch.setattr(evals.systems, "encode_sets", lambda *a, **k: pytest.fail("encoded"))
+    with pytest.raises(ValueError, match="no results at binary, only at 8 int8; evaluate it"):
+        labels_and_diffs(precision=several, against=one)
+    with pytest.raises(ValueError, match="no results at one precision, only at 8 int8, 8 binary"):
+        labels_and_diffs(precision="fp32", against=both)
+    monkeypatch.undo()
+    options["dims"] = [8]
     bm25 = evaluate.run(config("bm25", beir, against=both, precision=several))["against_result"]
     assert bm25["label"] == {"bm25": "8 int8"}
     label, _ = labels_and_diffs(precision=several, against="bm25")

@@ -268,6 +268,8 @@ def test_heads_and_buffers_beside_an_encoder_are_left_out(kind, heads, tmp_path)
         tensors = load_file(folder / "model.safetensors")
         names = ("position_ids", "attn.bias", "attn.masked_bias", "rotary_emb.inv_freq")
         old = {f"embeddings.{name}": torch.ones(1, 16) for name in names}
-        old |= {"mask_predictions.dense.bias": torch.ones(24)}  # as DeBERTa-v3's authors store it
+        # as DeBERTa's authors store it
+        old |= {"mask_predictions.dense.bias": torch.ones(24), "config": torch.ones(1)}
+        old |= {"deberta.embeddings.word_embeddings._weight": torch.ones(40, 24)}
         save_file(tensors | old, folder / "model.safetensors", metadata={"format": "pt"})
         load_encoder(folder, adapter="automodel")
