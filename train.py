@@ -132,7 +132,7 @@ def run(c: TrainConfig, run_dir: Path, interrupt: Interrupt) -> None:
                     values = ranks.on_main(interrupt.unless_requested, judge.evaluate_dev,
                                            *judged, precision=precision)  # fmt: skip
             row = numbers | {"loss": loss, "grad_norm": grad_norm, "lr": lr}
-            row |= {"temperature": loss_fn.temperature}
+            row |= {"temperature": loss_fn.temperature.detach()}
             note_step(done, total_steps, row, values, progress, track, clock, c)
             stop = ranks.first(interrupt.requested)  # a signal to any rank stops all at this step
             if is_last or stop or is_time_to_save(done, progress, c):

@@ -1079,6 +1079,8 @@ class _Rows(torch.autograd.Function):
 
 def _common_factor(foretold_B: Tensor, grad_B: Tensor) -> float | None:
     """x with grad = x * foretold up to rounding, or None. One device sync."""
+    if not len(grad_B):  # a rank without queries
+        return 1.0
     norm = foretold_B.square().sum()
     factor = (foretold_B * grad_B).sum() / torch.where(norm > 0, norm, 1.0)
     tolerance_B = 1e-4 * (factor * foretold_B).abs() + 1e-6 * grad_B.abs().amax()

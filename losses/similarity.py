@@ -308,8 +308,9 @@ class _PairScores(torch.autograd.Function):
         q_BD, p_ND, scale, query_P, passage_P = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
         if torch.is_grad_enabled():  # of second order: the plain way
-            z_MP = _pair_scores(q_BD[query_P], p_ND[passage_P], scale, ctx.dims)
-            return *_grads(z_MP, (q_BD, p_ND, scale), needs, grad_MP), None, None, None
+            inputs = [x.view_as(x) for x in (q_BD, p_ND, scale)]  # not on into what made them
+            z_MP = _pair_scores(inputs[0][query_P], inputs[1][passage_P], inputs[2], ctx.dims)
+            return *_grads(z_MP, inputs, needs, grad_MP), None, None, None
         inputs = q_BD, p_ND, scale
         found = [torch.zeros_like(x) if n else None for x, n in zip(inputs, needs, strict=True)]
         for at in ctx.spans:
@@ -322,8 +323,17 @@ class _PairScores(torch.autograd.Function):
                 if x is not None and to is None:
                     x += grad
                 elif x is not None:
-                    x.index_put_((to,), grad, accumulate=True)
+                    add_rows(x, to, grad)
         return *found, None, None, None
+
+
+def add_rows(x_nD: Tensor, to_P: Tensor, rows_PD: Tensor) -> None:
+    """x[to] += rows, in place, in one order on each device: by atomics a CPU's index_put_ adds where
+    there are several threads, CUDA's index_add_ always."""
+    if x_nD.is_cuda:
+        x_nD.index_put_((to_P,), rows_PD, accumulate=True)  # sorted
+    else:
+        x_nD.index_add_(0, to_P, rows_PD)
 
 
 def _grads(

@@ -88,6 +88,21 @@ def test_the_loss_tells_kernels_its_gradient_beforehand(path, options, kernels, 
         assert (f - e).norm() < 2**-8 * e.norm()  # a coefficient is rounded to bf16 once
 
 
+@pytest.mark.parametrize("path", ["auto", "eform", "chunk", "fused"])
+def test_a_rank_without_queries_takes_any_path(path, kernels, monkeypatch):
+    """The last batch may be smaller than the number of ranks."""
+    if torch.cuda.is_available():
+        pytest.skip("this form is for the interpreter")
+    monkeypatch.setattr(similarity, "kernels", lambda: kernels)
+    loss_fn = build_loss(LossConfig(backend="triton", path=path))
+    none = torch.arange(0)
+    at = Targets(none, none, torch.ones(0), none[:, None], 8, query_relatives_BK=none[:, None])
+    q_BD, p_ND = unit(0, 0), unit(5, 1)
+    loss, _ = loss_fn(q_BD, p_ND, at)
+    loss.backward()
+    assert loss == 0 and not p_ND.grad.any()
+
+
 def test_the_check_compares_kernels_with_the_specification(kernels, monkeypatch):
     """python -m losses.check on an experiment of loss.backend=triton; a wrong kernel is a row out
     of bounds, and what no kernel serves has none."""

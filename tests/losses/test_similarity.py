@@ -6,7 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from conf.schema import LossConfig
 from losses import similarity
+from losses.build import build_loss
+from losses.infonce import Targets
 from losses.similarity import KINDS, Limits, Teacher, positive_scores, similarity_sums
 
 
@@ -194,6 +197,40 @@ def test_scores_of_pairs_are_differentiable_twice(dims, share, monkeypatch):
         found.append([z_MP, *first, *graph, *second])
     for ours, plain in zip(*found, strict=True):
         torch.testing.assert_close(ours, plain, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("passages_of", [lambda x: x, lambda x: torch.sin(2 * x)])
+def test_second_order_gradients_stop_at_the_inputs(passages_of):
+    """Passages made of the queries: their part of the gradient must not count twice."""
+    rows, columns, scale = torch.tensor([0, 3, 3]), torch.tensor([1, 0, 2]), torch.tensor(7.0)
+    found = []
+    for pairs in (lambda *a: positive_scores(*a[:-1], dims=a[-1]), plain_pairs):
+        q_BD = unit(4, 12).requires_grad_()
+        z_MP = pairs(q_BD, passages_of(q_BD), scale.double(), rows, columns, [5, 12])
+        found.append(*torch.autograd.grad(z_MP.sin().sum(), q_BD, create_graph=True))
+    torch.testing.assert_close(*found, rtol=1e-10, atol=1e-10)
+
+
+def test_gradients_of_a_passage_of_many_pairs_are_the_same_bits_every_time():
+    """On two threads a CPU adds rows of an index_put_ by atomics, from 32,768 elements on."""
+    threads = torch.get_num_threads()
+    q_BD = unit(512, 384, dtype=torch.float32)
+    p_ND = unit(100, 384, seed=1, dtype=torch.float32)
+    at = torch.arange(512)
+    rules = {"relatives_BK": (at % 100)[:, None], "query_relatives_BK": at[:, None]}
+    targets = Targets(at, at % 100, torch.ones(512), num_examples=512, **rules)
+    loss_fn = build_loss(LossConfig(negatives=["query_passage", "passage_passage"]))
+    try:
+        torch.set_num_threads(2)
+        found = []
+        for _ in range(20):
+            leaves = [x.clone().requires_grad_() for x in (q_BD, p_ND)]
+            loss_fn(*leaves, targets)[0].backward()
+            found.append([x.grad for x in leaves])
+    finally:
+        torch.set_num_threads(threads)
+    for grads in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(grads, found[0], strict=True))
 
 
 @pytest.mark.parametrize("dims", [[64], [16, 32, 64]])
