@@ -328,8 +328,8 @@ class _PairScores(torch.autograd.Function):
 
 
 def add_rows(x_nD: Tensor, to_P: Tensor, rows_PD: Tensor) -> None:
-    """x[to] += rows, in place, in one order on each device: by atomics a CPU's index_put_ adds where
-    there are several threads, CUDA's index_add_ always."""
+    """x[to] += rows, in place, in one order on each device: by atomics a CPU's index_put_ adds on
+    several threads, CUDA's index_add_ always."""
     if x_nD.is_cuda:
         x_nD.index_put_((to_P,), rows_PD, accumulate=True)  # sorted
     else:
