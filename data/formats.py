@@ -295,8 +295,8 @@ def tell_files(source: SourceConfig, splits: Iterable[str | None]) -> None:
     warns of those that no split reads."""
     by_split = _split_files(source, _root(source))
     splits = list(dict.fromkeys(splits))
-    known = {*splits, *_known_names()}
-    left = [p.name for split, files in by_split.items() if split not in known for p in files]
+    others = [s for s in by_split if s not in splits and str(s).lower() not in _known_names()]
+    left = [p.name for split in others for p in by_split[split]]
     if left:
         log.warning(
             "%s: not read: %s; put train, dev or test into the name, or give the file by itself",

@@ -49,6 +49,7 @@ from losses.similarity import (
     Teacher,
     positive_scores,
     prefix_factors,
+    rows_of,
     similarity_sums,
 )
 from runtime.distributed import SINGLE, Ranks
@@ -295,8 +296,7 @@ class _Negatives:
         limits = None
         if self.row_limit_MB is not None:
             limits = Limits(self.row_limit_MB[:, of_P], None, *self._guide("passage"))
-        # index_select: on a CPU the gradient of [rows_P] is added in no certain order
-        p_PD = self.p_ND[rows_P] if self.p_ND.is_cuda else self.p_ND.index_select(0, rows_P)
+        p_PD = rows_of(self.p_ND, rows_P)
         sums = self._sums(p_PD, self.p_ND, self.t.relatives_BK[of_P], limits)
         return _Part(sums.row_MB, sums.row_total_MB, sums.row_count_MB)
 

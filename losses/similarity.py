@@ -327,6 +327,11 @@ class _PairScores(torch.autograd.Function):
         return *found, None, None, None
 
 
+def rows_of(x_nD: Tensor, at_P: Tensor) -> Tensor:
+    """x[at], whose gradient is added as add_rows does."""
+    return x_nD[at_P] if x_nD.is_cuda else x_nD.index_select(0, at_P)
+
+
 def add_rows(x_nD: Tensor, to_P: Tensor, rows_PD: Tensor) -> None:
     """x[to] += rows, in place, in one order on each device: by atomics a CPU's index_put_ adds on
     several threads, CUDA's index_add_ always."""
