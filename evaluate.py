@@ -73,7 +73,7 @@ def retrieve(c: "EvaluateConfig", bad: "BadRows") -> tuple[dict[str, Any], "dict
     from evals.eval_file import is_eval, read_eval
     from evals.metrics import names_up_to
     from evals.run_file import check_ids
-    from evals.systems import kind_of, precisions_of, vector_label
+    from evals.systems import kind_of, vector_label
 
     source = SourceConfig(root=c.data, columns=c.columns)
     data = read_retrieval_set(source, split_in(source, c.split), bad)
@@ -85,7 +85,7 @@ def retrieve(c: "EvaluateConfig", bad: "BadRows") -> tuple[dict[str, Any], "dict
         other = read_eval(Path(c.against), data, c.precision)
         if kind_of(c.model) == "retriever":
             # before anything is encoded; dim 0: the width that the model has
-            for dim, precision in product(c.dims or [0], precisions_of(c)):
+            for dim, precision in product(c.dims or [0], c.precisions):
                 counterpart(vector_label(dim, precision, c), other, bool(c.dims))
     system = evaluate_model(c.model, data, c, names)
     if c.against and other is None:
@@ -169,7 +169,7 @@ def rerank(c: "EvaluateConfig", bad: "BadRows") -> tuple[dict[str, Any], "dict[s
             f"against={c.against} compares retrievers; put it in also=[...], which takes models and"
             " the eval.json of an earlier evaluation"
         )
-    if isinstance(c.precision, list):
+    if len(c.precisions) > 1:
         raise ValueError(
             f"precision ({c.precision}): a first stage searches at one, candidates need none"
         )
@@ -437,9 +437,8 @@ def tables(result: Mapping[str, Any], c: "EvaluateConfig") -> str:
         else report.label_of(label)
         for label in order
     }
-    precisions = c.precision if isinstance(c.precision, list) else [c.precision]
     parts = [
-        f"\n{c.model} on {c.data} ({c.split}): {sizes(result)}, {', '.join(precisions)} document"
+        f"\n{c.model} on {c.data} ({c.split}): {sizes(result)}, {', '.join(c.precisions)} document"
         " vectors\n",
         report.metrics_table(
             {shown[label]: metrics[label] for label in order},

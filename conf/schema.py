@@ -779,17 +779,20 @@ class EvaluateConfig:
     columns: dict[str, str] = field(default_factory=dict)
     on_bad_row: str = "error"  # error | skip (counted, and listed in out=/bad_rows.jsonl)
 
+    @property
+    def precisions(self) -> list[str]:
+        return self.precision if isinstance(self.precision, list) else [self.precision]
+
     def __post_init__(self) -> None:
         _one_of("on_bad_row", self.on_bad_row, ("error", "skip"))
-        precisions = self.precision if isinstance(self.precision, list) else [self.precision]
-        for precision in precisions:
+        for precision in self.precisions:
             _one_of("precision", precision, ("fp32", "bf16", "int8", "binary"))
         _require(
-            0 < len(precisions) == len(set(precisions)),
+            0 < len(self.precisions) == len(set(self.precisions)),
             f"precision ({self.precision}) must be one, or a list of different ones",
         )
-        if len(precisions) == 1:  # a list of one is one: the same eval.json
-            self.precision = precisions[0]
+        if len(self.precisions) == 1:  # a list of one is one: the same eval.json
+            self.precision = self.precisions[0]
         _one_of("encode_precision", self.encode_precision, ("auto", "fp32", "bf16"))
         _one_of("device", self.device, ("auto", "cpu", "cuda", "mps"))
         _require(self.top_k >= 10, f"top_k ({self.top_k}) must be >= 10")

@@ -62,13 +62,9 @@ def labels_of(models: Sequence[str]) -> list[str]:
     return labels
 
 
-def precisions_of(c: EvaluateConfig) -> list[str]:
-    return c.precision if isinstance(c.precision, list) else [c.precision]
-
-
 def vector_label(dim: int, precision: str, c: EvaluateConfig) -> str:
     """The label of a search by vectors: "384", or "384 int8" where c has several precisions."""
-    return f"{dim} {precision}" if isinstance(c.precision, list) else str(dim)
+    return f"{dim} {precision}" if len(c.precisions) > 1 else str(dim)
 
 
 def search_by(
@@ -103,7 +99,7 @@ def search_by(
             order_N=order_N, shares_ids=data.shares_ids,
         )
         for dim in sorted(set(dims), reverse=True) or [towers.width]
-        for precision in precisions_of(c)
+        for precision in c.precisions
     }  # fmt: skip
 
 
