@@ -3,9 +3,8 @@
 In this order: the correctness suite, ceilings, the alternatives of our loss, peers, Matryoshka
 dims, gradient errors, what the loss is of a step, registers and spills of every kernel. Each part
 has its seconds and what those before it left over; one that overruns is stopped and said so, and
-what it found stays. Under 8 minutes
-in all; --full goes on to 262k and takes up to 40, with the benchmarks of whole training steps,
-which want more packages and a model.
+what it found stays. Under 8 minutes in all; --full goes on to 262k and takes up to 40, with the
+benchmarks of whole training steps, which want more packages and a model.
 
 Every cell goes to cells.jsonl of the folder as soon as it is measured, and the files of a finished
 part stay: python -m benchmarks.gpu --rebuild --out FOLDER completes infonce.csv and summary.txt of
