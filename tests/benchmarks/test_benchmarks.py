@@ -2,6 +2,7 @@
 expect."""
 
 import csv
+import json
 import mmap
 import sys
 import time
@@ -9,8 +10,11 @@ import time
 import pytest
 import torch
 
+from benchmarks import peer_run
 from benchmarks.step import set_dropout
 from benchmarks.turns import PeakMemory, append_csv, interleaved, row
+from conf.schema import ModelConfig
+from models.build import build_model
 
 
 @pytest.mark.slow
@@ -29,6 +33,31 @@ def test_a_benchmark_runs_both_sides(name, options, tiny_base, run_benchmark):
     (found,) = run_benchmark(name, *model, *options)
     assert found["rate"] > 0 and found["peer_rate"] > 0 and found["peak_mib"] > 50
     assert found["ratio"] == pytest.approx(found["rate"] / found["peer_rate"], rel=0.01)
+
+
+@pytest.mark.slow
+def test_a_whole_run_of_the_peer_is_a_model_that_we_read(tiny_base, tmp_path, capsys):
+    """evaluate.py judges it beside ours, so it must be the trained weights, at every dim."""
+    folder = tmp_path / "set"
+    (folder / "qrels").mkdir(parents=True)
+    for name, letter in (("corpus", "d"), ("queries", "q")):
+        rows = [{"_id": f"{letter}{n}", "text": f"{letter} {n} fish"} for n in range(16)]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    (folder / "qrels/train.tsv").write_text("".join(f"q{n}\td{n}\t1\n" for n in range(16)))
+    out = tmp_path / "peer"
+    given = ["--data", str(folder), "--out", str(out), "--base", str(tiny_base), "--device", "cpu"]
+    args = peer_run.arguments([*given, "--dims", "16", "8", "--batch", "4", "--lr", "0.1"])
+    found = peer_run.train(args)
+    assert (found["pairs"], found["steps"]) == (16, 4) and found["train_s"] > 0
+    assert [p.name for p in tmp_path.iterdir() if "trainer" in p.name] == []
+    before, after = (
+        build_model(ModelConfig(base=str(base)), dims=[]).query.state_dict()
+        for base in (tiny_base, out)
+    )
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+    with pytest.raises(SystemExit):
+        peer_run.arguments([*given, "--batch", "4"])
+    assert "is there already" in capsys.readouterr().err
 
 
 def test_the_peer_drops_what_we_drop(tiny_base):

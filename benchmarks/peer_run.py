@@ -1,0 +1,126 @@
+"""A whole run of the peer: python -m benchmarks.peer_run --data <BEIR folder> --out <folder>
+
+SentenceTransformerTrainer with MultipleNegativesRankingLoss at several Matryoshka dims, as its
+documentation shows it, on the pairs that train.py takes from the same folder. The model is saved in
+--out; `python evaluate.py model=<out> data=<folder>` judges it as it judges ours. Quality and time
+of one machine and hour then stand beside a run of ours.
+
+Prints JSON: train_s of its loop, pairs, steps, peak_mib, and the settings.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from benchmarks.step import BASE, set_dropout
+
+
+def arguments(given: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.peer_run",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--data", required=True, help="BEIR folder with a train split")
+    parser.add_argument("--out", required=True, help="folder of the model, not there yet")
+    parser.add_argument("--base", default=BASE, help="model: folder or hub id")
+    parser.add_argument("--split", default="train")
+    parser.add_argument(
+        "--dims", type=int, nargs="+", default=[384, 256, 128, 64], help="of MatryoshkaLoss"
+    )
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--length", type=int, default=256, help="tokens of the longest text")
+    parser.add_argument("--lr", type=float, default=1e-4)
+    parser.add_argument("--warmup", type=float, default=0.1, help="share of the steps")
+    parser.add_argument("--epochs", type=float, default=1.0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"))
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    parser.add_argument(
+        "--dropout",
+        type=float,
+        nargs=2,
+        metavar=("HIDDEN", "ATTENTION"),
+        help="default: as the model's config.json says",
+    )
+    args = parser.parse_args(given)
+    if Path(args.out).exists():
+        parser.error(f"--out {args.out}: is there already; name another folder or delete it")
+    return args
+
+
+def pairs(args: argparse.Namespace) -> list[tuple[str, str]]:
+    """A query and a passage for every relevant document, in the order of the qrels."""
+    from data.beir import read_beir_examples
+
+    examples = read_beir_examples(args.data, args.split)
+    return [(e.query, positive) for e in examples for positive in e.positives]
+
+
+def train(args: argparse.Namespace) -> dict:
+    from datasets import Dataset
+    from sentence_transformers import (
+        SentenceTransformer,
+        SentenceTransformerTrainer,
+        SentenceTransformerTrainingArguments,
+    )
+    from sentence_transformers.losses import MatryoshkaLoss, MultipleNegativesRankingLoss
+
+    from benchmarks.turns import PeakMemory, clock, synchronise
+    from models.pretrained import resolve_base
+    from runtime.device import pick_device
+
+    device = pick_device(args.device)
+    model = SentenceTransformer(str(resolve_base(args.base)), device=device.type)
+    model.max_seq_length = args.length
+    if args.dropout:
+        set_dropout(model, *args.dropout)
+    some = pairs(args)
+    out = Path(args.out)
+    settings = SentenceTransformerTrainingArguments(
+        output_dir=str(out.with_name(out.name + ".trainer")),  # it writes nothing there
+        per_device_train_batch_size=args.batch,
+        num_train_epochs=args.epochs,
+        learning_rate=args.lr,
+        warmup_ratio=args.warmup,
+        bf16=args.precision == "bf16",
+        use_cpu=device.type == "cpu",
+        report_to="none",
+        save_strategy="no",
+        logging_strategy="no",
+        seed=args.seed,
+    )
+    trainer = SentenceTransformerTrainer(
+        model=model,
+        args=settings,
+        train_dataset=Dataset.from_dict(
+            {"anchor": [q for q, _ in some], "positive": [p for _, p in some]}
+        ),
+        loss=MatryoshkaLoss(
+            model, MultipleNegativesRankingLoss(model, scale=20.0), matryoshka_dims=args.dims
+        ),
+    )
+    with PeakMemory(device) as memory:
+        began = clock()
+        trainer.train()
+        synchronise(device)
+        train_s = clock() - began
+    model.save_pretrained(args.out)
+    return {
+        "train_s": round(train_s, 1),
+        "pairs": len(some),
+        "steps": trainer.state.global_step,
+        "peak_mib": round(memory.mib),
+    }
+
+
+def main() -> None:
+    from benchmarks.turns import provenance
+
+    args = arguments()
+    found = train(args)
+    print(json.dumps(found | vars(args) | provenance()))
+
+
+if __name__ == "__main__":
+    main()
