@@ -10,6 +10,7 @@ Prints JSON: train_s of its loop, pairs, steps, peak_mib, and the settings.
 
 import argparse
 import json
+import tempfile
 from pathlib import Path
 
 from benchmarks.step import BASE, set_dropout
@@ -76,31 +77,29 @@ def train(args: argparse.Namespace) -> dict:
     if args.dropout:
         set_dropout(model, *args.dropout)
     some = pairs(args)
-    out = Path(args.out)
-    settings = SentenceTransformerTrainingArguments(
-        output_dir=str(out.with_name(out.name + ".trainer")),  # it writes nothing there
-        per_device_train_batch_size=args.batch,
-        num_train_epochs=args.epochs,
-        learning_rate=args.lr,
-        warmup_ratio=args.warmup,
-        bf16=args.precision == "bf16",
-        use_cpu=device.type == "cpu",
-        report_to="none",
-        save_strategy="no",
-        logging_strategy="no",
-        seed=args.seed,
-    )
-    trainer = SentenceTransformerTrainer(
-        model=model,
-        args=settings,
-        train_dataset=Dataset.from_dict(
-            {"anchor": [q for q, _ in some], "positive": [p for _, p in some]}
-        ),
-        loss=MatryoshkaLoss(
-            model, MultipleNegativesRankingLoss(model, scale=20.0), matryoshka_dims=args.dims
-        ),
-    )
-    with PeakMemory(device) as memory:
+    loss = MultipleNegativesRankingLoss(model, scale=20.0)
+    with tempfile.TemporaryDirectory() as folder, PeakMemory(device) as memory:
+        settings = SentenceTransformerTrainingArguments(
+            output_dir=folder,
+            per_device_train_batch_size=args.batch,
+            num_train_epochs=args.epochs,
+            learning_rate=args.lr,
+            warmup_steps=args.warmup,  # below 1 a share of all steps
+            bf16=args.precision == "bf16",
+            use_cpu=device.type == "cpu",
+            report_to="none",
+            save_strategy="no",
+            logging_strategy="no",
+            seed=args.seed,
+        )
+        trainer = SentenceTransformerTrainer(
+            model=model,
+            args=settings,
+            train_dataset=Dataset.from_dict(
+                {"anchor": [q for q, _ in some], "positive": [p for _, p in some]}
+            ),
+            loss=MatryoshkaLoss(model, loss, matryoshka_dims=args.dims),
+        )
         began = clock()
         trainer.train()
         synchronise(device)
