@@ -5,7 +5,7 @@ documentation shows it, on the pairs that train.py takes from the same folder. T
 --out; `python evaluate.py model=<out> data=<folder>` judges it as it judges ours. Quality and time
 of one machine and hour then stand beside a run of ours.
 
-Prints JSON: train_s of its loop, pairs, steps, peak_mib, and the settings.
+Prints JSON on its last line: train_s of its loop, pairs, steps, peak_mib, and the settings.
 """
 
 import argparse
