@@ -430,6 +430,7 @@ class DataConfig(SourceConfig):
     # used where the data has no split of its own; held-out rows are kept in memory, others stream
     dev_fraction: float = 0.1
     test_fraction: float = 0.1
+    max_held_out: int | None = 10_000  # rows of dev, and of test, at most; null: no limit
     split_seed: int = 0
     eval_corpus: str = (
         "split"  # passages searched where the data has no corpus: split (held-out) | all
@@ -472,6 +473,11 @@ class DataConfig(SourceConfig):
             and self.dev_fraction + self.test_fraction < 1,
             f"data.dev_fraction ({self.dev_fraction}) + data.test_fraction ({self.test_fraction})"
             f" must be < 1",
+        )
+        _require(
+            self.max_held_out is None or self.max_held_out > 0,
+            f"data.max_held_out ({self.max_held_out}) must be > 0 rows, or null for no limit; to"
+            " hold out none set data.dev_fraction=0 data.test_fraction=0",
         )
         _require(
             not (self.sets and self.root),

@@ -139,7 +139,7 @@ def _open_set(
             source.columns,
             source.filter,
             (source.train_split, source.dev_split, source.test_split),
-            (c.dev_fraction, c.test_fraction, c.split_seed),
+            (c.dev_fraction, c.test_fraction, c.max_held_out, c.split_seed),
             c.eval_corpus,
             c.on_bad_row,
             *(["groups", source.texts, _texts_digest(source, cache_dir)] if groups else []),
@@ -372,6 +372,7 @@ def _read_sets(
             dev_fraction=fractions["dev"] if "dev" in missing else 0.0,
             test_fraction=fractions["test"] if "test" in missing else 0.0,
             seed=c.split_seed,
+            max_held_out=c.max_held_out,
         )
         info.update(assignment.info)
         held = {s: [] for s in missing}

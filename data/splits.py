@@ -91,12 +91,14 @@ def split_by_components(
     dev_fraction: float,
     test_fraction: float,
     seed: int,
+    max_held_out: int | None = None,
 ) -> Assignment:
     """Rows to train, dev and test, so that rows sharing a text are in one split.
 
     row_E, text_E   incidences of rows and texts, see incidences()
     *_fraction      share of rows wanted in dev and test, in [0, 1), together below 1
     seed            of the order in which components are drawn
+    max_held_out    rows of dev, and of test, at most, whatever the fractions say
 
     Components are drawn in the order of hash(seed, smallest text hash), so the result does not
     depend on the order of rows. Each goes to whichever of test and dev has the larger share of its
@@ -114,8 +116,9 @@ def split_by_components(
     key_R = component_keys(row_E, text_E, num_rows=num_rows)
     key_C, label_R, size_C = np.unique(key_R, return_inverse=True, return_counts=True)
     order_C = np.lexsort((key_C, mix(key_C, seed)))
+    most = num_rows if max_held_out is None else max_held_out
     wanted = {
-        name: max(1, round(fraction * num_rows)) if fraction else 0
+        name: min(most, max(1, round(fraction * num_rows))) if fraction else 0
         for name, fraction in (("test", test_fraction), ("dev", dev_fraction))
     }
     room = dict(wanted)
@@ -137,6 +140,7 @@ def split_by_components(
         "method": METHOD,
         "seed": seed,
         "fractions": {"dev": dev_fraction, "test": test_fraction},
+        "max_held_out": max_held_out,
         "rows": rows,
         "components": len(key_C),
         "largest_component": {"rows": largest, "share": round(largest / num_rows, 4)},
@@ -163,7 +167,12 @@ def split_by_components(
 
 
 def split_examples(
-    examples: Iterable[Example], *, dev_fraction: float, test_fraction: float, seed: int
+    examples: Iterable[Example],
+    *,
+    dev_fraction: float,
+    test_fraction: float,
+    seed: int,
+    max_held_out: int | None = None,
 ) -> Assignment:
     """split_by_components over a stream of examples, read once; holds 16 bytes a text."""
     row_E, text_E, num_rows = incidences(examples)
@@ -174,6 +183,7 @@ def split_examples(
         dev_fraction=dev_fraction,
         test_fraction=test_fraction,
         seed=seed,
+        max_held_out=max_held_out,
     )
 
 

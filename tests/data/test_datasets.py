@@ -181,6 +181,18 @@ def test_a_missing_dev_split_is_held_out_of_training(tmp_path):
         assert dev.qrels[q] == {f"d{int(q[1:]) % 25}": 1}
 
 
+def test_held_out_rows_stay_few_however_long_the_file(tmp_path):
+    path = write_rows(tmp_path / "rows.jsonl", pairs(200))
+    data = open_some(tmp_path, root=str(path), max_held_out=7)
+    assert len(data.dev["dev"].query_ids) == len(data.test["test"].query_ids) == 7
+    assert data.train.num_examples == 186
+    assert data.report["data_sets"]["data"]["split"]["max_held_out"] == 7
+    unlimited = open_some(tmp_path, root=str(path), max_held_out=None)  # not the cached set
+    assert len(unlimited.test["test"].query_ids) == 20
+    with pytest.raises(ValueError, match=r"data.max_held_out \(0\) must be > 0 rows"):
+        DataConfig(root=str(path), max_held_out=0)
+
+
 def test_without_fractions_nothing_is_held_out(tmp_path, caplog):
     path = write_rows(tmp_path / "pairs.jsonl", pairs(20))
     data = open_some(tmp_path, root=str(path), dev_fraction=0.0, test_fraction=0.0)

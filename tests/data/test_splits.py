@@ -101,6 +101,18 @@ def test_no_text_is_in_two_splits_and_fractions_are_met() -> None:
         assert abs(len(parts["dev"]) - 60) <= 1 and abs(len(parts["test"]) - 121) <= 1
 
 
+def test_held_out_rows_have_a_limit_that_small_data_does_not_reach() -> None:
+    """Held-out rows are kept in memory: of a file larger than memory a tenth would not fit."""
+    examples = random_examples(600, num_passages=900, seed=1)
+    free = split_examples(examples, dev_fraction=0.1, test_fraction=0.2, seed=0)
+    same = split_examples(examples, dev_fraction=0.1, test_fraction=0.2, seed=0, max_held_out=500)
+    assert same.info["digest"] == free.info["digest"]
+    rows = split_examples(
+        examples, dev_fraction=0.1, test_fraction=0.2, seed=0, max_held_out=40
+    ).info["rows"]
+    assert 39 <= rows["dev"] <= 40 and 39 <= rows["test"] <= 40 and sum(rows.values()) == 600
+
+
 def test_split_follows_seed_and_texts_but_not_row_order() -> None:
     """Reshuffled files and other machines must give the same held-out rows; another seed others."""
     examples = random_examples(300, num_passages=500, seed=2)
@@ -126,6 +138,7 @@ def test_info_is_small_plain_data_for_result_files() -> None:
         "method",
         "seed",
         "fractions",
+        "max_held_out",
         "rows",
         "components",
         "largest_component",
