@@ -13,7 +13,7 @@ import json
 import tempfile
 from pathlib import Path
 
-from benchmarks.step import BASE, set_dropout
+from benchmarks.step import BASE, peer_model, peer_trainer
 
 
 def arguments(given: list[str] | None = None) -> argparse.Namespace:
@@ -59,46 +59,28 @@ def pairs(args: argparse.Namespace) -> list[tuple[str, str]]:
 
 
 def train(args: argparse.Namespace) -> dict:
-    from datasets import Dataset
-    from sentence_transformers import (
-        SentenceTransformer,
-        SentenceTransformerTrainer,
-        SentenceTransformerTrainingArguments,
-    )
     from sentence_transformers.losses import MatryoshkaLoss, MultipleNegativesRankingLoss
 
     from benchmarks.turns import PeakMemory, clock, synchronise
-    from models.pretrained import resolve_base
     from runtime.device import pick_device
 
     device = pick_device(args.device)
-    model = SentenceTransformer(str(resolve_base(args.base)), device=device.type)
-    model.max_seq_length = args.length
-    if args.dropout:
-        set_dropout(model, *args.dropout)
+    model = peer_model(args, device, args.dropout)
     some = pairs(args)
     loss = MultipleNegativesRankingLoss(model, scale=20.0)
     with tempfile.TemporaryDirectory() as folder, PeakMemory(device) as memory:
-        settings = SentenceTransformerTrainingArguments(
-            output_dir=folder,
-            per_device_train_batch_size=args.batch,
+        trainer = peer_trainer(
+            model,
+            MatryoshkaLoss(model, loss, matryoshka_dims=args.dims),
+            some,
+            device,
+            batch=args.batch,
+            precision=args.precision,
+            out=folder,
             num_train_epochs=args.epochs,
             learning_rate=args.lr,
             warmup_steps=args.warmup,  # below 1 a share of all steps
-            bf16=args.precision == "bf16",
-            use_cpu=device.type == "cpu",
-            report_to="none",
-            save_strategy="no",
-            logging_strategy="no",
             seed=args.seed,
-        )
-        trainer = SentenceTransformerTrainer(
-            model=model,
-            args=settings,
-            train_dataset=Dataset.from_dict(
-                {"anchor": [q for q, _ in some], "positive": [p for _, p in some]}
-            ),
-            loss=MatryoshkaLoss(model, loss, matryoshka_dims=args.dims),
         )
         began = clock()
         trainer.train()

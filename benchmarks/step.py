@@ -21,10 +21,11 @@ import math
 import statistics
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
+    from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
 
 PEERS = ("sentence-transformers", "sentence-transformers-cached", "direct")
 BASE = "sentence-transformers/all-MiniLM-L6-v2"
@@ -371,14 +372,62 @@ def set_dropout(model: "torch.nn.Module", share: float, of_attention: float) -> 
             module.p = of_attention if is_of_attention else share
 
 
-def work_sentence_transformers(args: argparse.Namespace) -> dict:
-    """SentenceTransformerTrainer with one of its two losses, as its documentation shows it."""
+def peer_model(
+    args: argparse.Namespace, device: "torch.device", dropout: tuple[float, float] | None
+) -> "SentenceTransformer":
+    """args.base for texts of args.length tokens; dropout None: as its config.json says."""
+    from sentence_transformers import SentenceTransformer
+
+    from models.pretrained import resolve_base
+
+    model = SentenceTransformer(str(resolve_base(args.base)), device=device.type)
+    model.max_seq_length = args.length
+    if dropout:
+        set_dropout(model, *dropout)
+    return model
+
+
+def peer_trainer(
+    model: "SentenceTransformer",
+    loss: "torch.nn.Module",
+    pairs: list[tuple[str, str]],
+    device: "torch.device",
+    *,
+    batch: int,
+    precision: str,
+    out: str,
+    callbacks: tuple = (),
+    **settings: Any,
+) -> "SentenceTransformerTrainer":
+    """SentenceTransformerTrainer as its documentation shows it, with nothing saved or reported."""
     from datasets import Dataset
     from sentence_transformers import (
-        SentenceTransformer,
         SentenceTransformerTrainer,
         SentenceTransformerTrainingArguments,
     )
+
+    return SentenceTransformerTrainer(
+        model=model,
+        args=SentenceTransformerTrainingArguments(
+            output_dir=out,
+            per_device_train_batch_size=batch,
+            bf16=precision == "bf16",
+            use_cpu=device.type == "cpu",
+            report_to="none",
+            save_strategy="no",
+            logging_strategy="no",
+            **settings,
+        ),
+        train_dataset=Dataset.from_dict(
+            {"anchor": [q for q, _ in pairs], "positive": [p for _, p in pairs]}
+        ),
+        callbacks=list(callbacks),
+        loss=loss,
+    )
+
+
+def work_sentence_transformers(args: argparse.Namespace) -> dict:
+    """Its trainer with one of its two losses."""
     from sentence_transformers.losses import (
         CachedMultipleNegativesRankingLoss,
         MultipleNegativesRankingLoss,
@@ -386,21 +435,16 @@ def work_sentence_transformers(args: argparse.Namespace) -> dict:
     from transformers import TrainerCallback
 
     from benchmarks.turns import PeakMemory, clock, device_name, synchronise
-    from models.pretrained import resolve_base
     from runtime.device import pick_device
 
     device = pick_device(args.device)
-    model = SentenceTransformer(str(resolve_base(args.base)), device=device.type)
-    model.max_seq_length = args.length
-    set_dropout(model, args.dropout, args.attention_dropout[1])
+    model = peer_model(args, device, (args.dropout, args.attention_dropout[1]))
     if args.worker == "sentence-transformers-cached":
         loss = CachedMultipleNegativesRankingLoss(
             model, scale=20.0, mini_batch_size=args.mini_batch
         )
     else:
         loss = MultipleNegativesRankingLoss(model, scale=20.0)
-    some = pairs(args)
-    data = Dataset.from_dict({"anchor": [q for q, _ in some], "positive": [p for _, p in some]})
     times: list[float] = []
 
     class Times(TrainerCallback):
@@ -409,28 +453,21 @@ def work_sentence_transformers(args: argparse.Namespace) -> dict:
             times.append(clock())
 
     with tempfile.TemporaryDirectory() as out, PeakMemory(device) as memory:
-        settings = SentenceTransformerTrainingArguments(
-            output_dir=out,
-            per_device_train_batch_size=args.batch,
+        peer_trainer(
+            model,
+            loss,
+            pairs(args),
+            device,
+            batch=args.batch,
+            precision=args.precision[0],
+            out=out,
+            callbacks=(Times(),),
             num_train_epochs=1,
             learning_rate=2e-5,
-            bf16=args.precision[0] == "bf16",
-            use_cpu=device.type == "cpu",
-            report_to="none",
-            save_strategy="no",
-            logging_strategy="no",
             disable_tqdm=True,
             dataloader_drop_last=True,
             seed=0,
-        )
-        trainer = SentenceTransformerTrainer(
-            model=model,
-            args=settings,
-            train_dataset=data,
-            callbacks=[Times()],
-            loss=loss,
-        )
-        trainer.train()
+        ).train()
     steps = [b - a for a, b in itertools.pairwise(times)]
     return {
         "rate": args.batch / statistics.median(steps),
