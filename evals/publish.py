@@ -75,6 +75,17 @@ def data_facts(report: Mapping[str, Any]) -> dict[str, str]:
     return facts
 
 
+def unjudged(c: TrainConfig, run_dir: Path) -> str:
+    """What a run without a test split says where its table would be."""
+    metric = f"dev/{c.best_metric}"
+    rows = [r for r in read_rows(run_dir / "metrics.jsonl") if metric in r]
+    best = max(rows, key=lambda r: r[metric], default=None)
+    text = "The data has no test split, so this model is not compared with its base or BM25."
+    if best is not None:
+        text += f" Best on dev: {c.best_metric} {best[metric]:.3f} at step {best['step']:,}."
+    return f"{text} On any judged data: python evaluate.py model={run_dir} data=<data>"
+
+
 def card_of(c: TrainConfig, result: Mapping[str, Any], **settings: Any) -> dict[str, Any]:
     """What the export writes into the model card; `settings` beside the usual ones."""
     facts = facts_of(c, result)
@@ -106,10 +117,14 @@ def publish(
     shown   on the terminal: title -> text
     rows    (column names, rows) of W&B's table
     """
+    if result["test_set"] is None:
+        tables = {"No test split": unjudged(c, run_dir), **tables}
+        shown = {"No test split": tables["No test split"], **shown}
     captions = {f.stem.replace("_", " "): f"figures/{f.name}" for f in figures}
     text = report.report_markdown(
-        c.name, tables, facts=facts_of(c, result), examples=examples, figures=captions
-    )
+        c.name, tables, facts=facts_of(c, result), examples=examples, figures=captions,
+        is_compared=result["test_set"] is not None,
+    )  # fmt: skip
     write_text_atomic(run_dir / "report.md", text)
     track.finish(result, figures, rows)
     write_json_atomic(run_dir / "result.json", result)

@@ -254,6 +254,8 @@ def _cut(text: str, width: int) -> str:
 def retrieval_tables(result: Mapping[str, Any]) -> dict[str, str]:
     """Title -> table in Markdown, of the metrics and deltas of a result.json."""
     metrics, delta = result["metrics"], result.get("delta", {})
+    if not metrics:
+        return {}
     tables = {
         label_of(metric): result_table(metrics, delta, metric, markdown=True)
         for metric in ("ndcg@10", "accuracy@1")
@@ -299,6 +301,7 @@ def report_markdown(
     facts: Mapping[str, Any] | None = None,
     examples: str = "",
     figures: Mapping[str, str] | None = None,
+    is_compared: bool = True,
 ) -> str:
     """report.md of a run.
 
@@ -306,15 +309,17 @@ def report_markdown(
     facts     lines of "What was run": name -> value
     examples  from examples_text
     figures   caption -> path relative to the report
+    is_compared  some table holds differences between systems
     """
     lines = [f"# {name}", ""]
     for title, table in tables.items():
         lines += [f"## {title}", "", table, ""]
-    lines += [
-        "Differences are of the same queries: percentile bootstrap interval, two-sided"
-        " randomisation p, 10,000 resamples each.",
-        "",
-    ]
+    if is_compared:
+        lines += [
+            "Differences are of the same queries: percentile bootstrap interval, two-sided"
+            " randomisation p, 10,000 resamples each.",
+            "",
+        ]
     if examples:
         lines += ["## Queries before and after", "", "A star marks a relevant passage.", ""]
         lines += ["```text", examples, "```", ""]

@@ -256,3 +256,20 @@ def test_dims_wider_than_the_model_are_refused_before_any_work(config, tmp_path)
     with pytest.raises(ValueError, match=r"dims \(999\) must be <= 16"):
         run(config, tmp_path / "run")
     assert not (tmp_path / "run" / "base.json").exists()
+
+
+def test_a_run_without_a_test_split_says_so_and_what_to_do(config, tmp_path, capsys):
+    """An empty table leaves a user guessing what went wrong."""
+    config.data.test_fraction = 0.0
+    config.eval_every = 3
+    result = run(config, tmp_path / "run")
+    assert result["metrics"] == {} and result["test_set"] is None
+    best = max(
+        (r for r in read_rows(tmp_path / "run" / "metrics.jsonl") if "dev/ndcg@10" in r),
+        key=lambda r: r["dev/ndcg@10"],
+    )
+    said = f"Best on dev: ndcg@10 {best['dev/ndcg@10']:.3f} at step {best['step']}."
+    markdown = (tmp_path / "run" / "report.md").read_text()
+    for text in (markdown, capsys.readouterr().out):
+        assert said in text and f"python evaluate.py model={tmp_path / 'run'} data=<data>" in text
+    assert "| dim" not in markdown and "Differences" not in markdown
