@@ -74,6 +74,7 @@ class ModelConfig:
     max_passage_length: int | None = None
     max_pair_length: int | None = None  # task=rerank: tokens of query and passage together
     num_labels: int = 1  # task=rerank: outputs of the head; above 1 for loss.kind=cross_entropy
+    num_layers: int | None = None  # the first n layers of the base are kept; None: all
     dropout: float | None = None  # hidden states; None: as config.json of the base says
     attention_dropout: float = 0.0  # above 0, CUDA leaves its fast kernel
     freeze: list[str] = field(
@@ -96,6 +97,10 @@ class ModelConfig:
                 value is None or value >= least, f"model.{key} ({value}) must be >= {least} tokens"
             )
         _require(self.num_labels >= 1, f"model.num_labels ({self.num_labels}) must be >= 1")
+        _require(
+            self.num_layers is None or self.num_layers >= 1,
+            f"model.num_layers ({self.num_layers}) must be >= 1; null: all",
+        )
         for key in ("dropout", "attention_dropout"):
             value = getattr(self, key)
             _require(value is None or 0 <= value < 1, f"model.{key} ({value}) must be in [0, 1)")
@@ -124,7 +129,7 @@ RERANK_LOSSES = (
 @dataclass
 class LossConfig:
     """A contrastive loss (losses/infonce.py has the equations), or, for task=rerank, one of
-    losses/rerank.py: its keys are temperature (divides the logits), positive_weight,
+    losses/rerank.py: its keys are temperature (divides the logits), positive_weight, no_answer,
     teacher_temperature and teacher_weight. Two of those, margin_mse and kl, also teach a retriever
     a reranker's scores (losses/distill.py).
 
@@ -142,6 +147,9 @@ class LossConfig:
     temperature_min: float = 0.005  # bounds of a learned temperature
     temperature_max: float = 1.0
     positive_weight: float = 1.0  # kind=bce: weight of a positive pair
+    # kind=softmax: "none of these answers" is one more choice, of logit 0, and the right one for a
+    # group without positives
+    no_answer: bool = False
     sigmoid_bias: float = -10.0  # start of the learned bias of kind=sigmoid
     symmetric: float = 0.0  # weight of the passage-to-query direction, in [0, 1]
     # what a pair is told from, in one softmax: query_passage (always), query_query,
@@ -213,6 +221,8 @@ class LossConfig:
             self._check_rerank()
         if self.kind != "bce":
             self._refuse(("positive_weight",), "loss.kind=bce")
+        if self.kind != "softmax":
+            self._refuse(("no_answer",), "loss.kind=softmax")
         if self.kind not in SCORE_LOSSES and not self.teacher_weight:
             self._refuse(("teacher_temperature",), "a loss with a teacher (loss.teacher_weight)")
 

@@ -13,6 +13,10 @@ and the mean over the groups of:
 
     softmax     mean over i with y_i > 0 of softplus(ln - z_i), ln = log sum_{y_j = 0} e^{z_j}
                                                     Gao et al. 2021 (LCE); Cao et al. 2007
+                with loss.no_answer a logit of 0, "no passage here answers", is one more negative
+                of every group and what a group without positives should choose: ln = log(1 +
+                sum_{y_j = 0} e^{z_j}), and the loss of such a group is ln
+                                                    Devlin et al. 2019, sec. 4.3 (the null of SQuAD)
     listmle     sum_i softplus(ln_i - z_i), ln_i = log sum_{y_j < y_i} e^{z_j}
                                                     Xia et al. 2008
     ranknet     mean over X of softplus(z_j - z_i)  Burges et al. 2005, eq. 3
@@ -73,8 +77,9 @@ class GroupTargets:
 class RerankLoss(nn.Module):
     """One of the losses of the module's text, chosen by loss.kind.
 
-    A group that the loss cannot use (without a pair of different grades, or without teacher scores
-    where they are needed) adds 0 and counts in the divisor; how many there are is logged once.
+    A group that the loss cannot use (without a pair of different grades, unless loss.no_answer; or
+    without teacher scores where they are needed) adds 0 and counts in the divisor; how many there
+    are is logged once.
     """
 
     def __init__(self, c: LossConfig, seed: int = 0, precision: str = "fp32"):
@@ -209,9 +214,13 @@ def _softmax(c: LossConfig, z_P: Tensor, t: GroupTargets, groups: Groups):
     is_positive_P = t.label_P > 0
     negatives, positives = (~is_positive_P).nonzero()[:, 0], is_positive_P.nonzero()[:, 0]
     ln_G = _log_sum_exp(z_P[negatives], groups.group_P[negatives], groups.num)
+    if c.no_answer:
+        ln_G = _softplus(ln_G)  # log(1 + e^ln)
     loss_n = _softplus(ln_G[groups.group_P[positives]] - z_P[positives])
-    is_usable_G = groups.has_any(is_positive_P) & groups.has_any(~is_positive_P)
-    return groups.mean(loss_n, positives), is_usable_G
+    loss_G, has_positive_G = groups.mean(loss_n, positives), groups.has_any(is_positive_P)
+    if c.no_answer:
+        return torch.where(has_positive_G, loss_G, ln_G), torch.ones_like(has_positive_G)
+    return loss_G, has_positive_G & groups.has_any(~is_positive_P)
 
 
 def _listmle(c: LossConfig, z_P: Tensor, t: GroupTargets, groups: Groups):
@@ -283,6 +292,7 @@ GROUPWISE = {
 }  # fmt: skip
 NEEDS = dict.fromkeys(GROUPWISE, "they have no two passages of different grades")
 NEEDS |= {
+    "softmax": "they have no two passages of different grades; loss.no_answer=true uses them",
     "margin_mse": "they have no two passages of different grades that both have a teacher score",
     "kl": "they have no two passages with a teacher score",
 }

@@ -3,6 +3,7 @@
 import copy
 import logging
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -13,6 +14,7 @@ from data.tokens import tokenise
 from models.pretrained import load_towers, max_positions
 from models.reranker import Reranker, load_reranker
 from models.towers import Projection, Tower, Towers
+from models.transformer import Encoder
 
 log = logging.getLogger(__name__)
 
@@ -26,6 +28,8 @@ def build_model(c: ModelConfig, *, dims: Sequence[int] = ()) -> Towers:
     """
     towers = load_towers(c.base, c)
     towers = _with_kind(towers, c)
+    if c.num_layers is not None:
+        _keep_layers(distinct(towers), c)
     for tower in distinct(towers):
         tower.pooling = c.pooling or tower.pooling
         tower.normalize = c.normalize
@@ -55,6 +59,8 @@ def build_reranker(c: ModelConfig) -> Reranker:
         if is_set:
             raise ValueError(f"{setting} has no meaning for a cross-encoder (task=rerank)")
     reranker = load_reranker(c.base, c)
+    if c.num_layers is not None:
+        _keep_layers([reranker], c)
     spec, limit = reranker.spec, max_positions(reranker.encoder)
     for key in ("query_prompt", "passage_prompt"):
         value = getattr(c, key)
@@ -84,6 +90,31 @@ def _log_size(model: Towers | Reranker, base: str, kind: str) -> None:
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
     log.info("model: %s, %s, %d parameters, %d frozen", base, kind, total, frozen)
+
+
+def _keep_layers(parts: Iterable[Tower | Reranker], c: ModelConfig) -> None:
+    """Cut encoders off above their first c.num_layers layers (Sajjad et al. 2023, top dropping), in
+    place; an export says so in its config.json."""
+    for part in parts:
+        encoder, count = part.encoder, c.num_layers
+        if not isinstance(encoder, Encoder):
+            raise ValueError(
+                f"model.num_layers ({count}) needs our encoder, but {c.base} is read by"
+                " model.adapter=automodel"
+            )
+        if count > len(encoder.layers):
+            raise ValueError(
+                f"model.num_layers ({count}) must be <= {len(encoder.layers)}, the layers of"
+                f" {c.base}"
+            )
+        config, source = encoder.config, part.source
+        encoder.layers = encoder.layers[:count]
+        encoder.config = replace(
+            config, num_layers=count, layer_is_local=config.layer_is_local[:count]
+        )
+        kinds = source.config.get("layer_types")
+        stated = {} if kinds is None else {"layer_types": kinds[:count]}
+        part.source = replace(source, config=source.config | {"num_hidden_layers": count} | stated)
 
 
 def distinct(towers: Towers) -> list[Tower]:

@@ -234,6 +234,7 @@ def test_a_log_of_an_empty_sum_has_no_gradient():
             "no kernel has what loss.guide",
         ),
         ({"kind": "softmax", "positive_weight": 2.0}, "belongs to loss.kind=bce"),
+        ({"kind": "bce", "no_answer": True}, "belongs to loss.kind=softmax"),
         ({"teacher_temperature": 0.1}, "belongs to a loss with a teacher"),
         ({"dims_per_step": 2}, r"dims_per_step \(2\)"),
         ({"learn_temperature": True, "temperature": 2.0}, "to be learned"),

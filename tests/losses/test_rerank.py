@@ -134,6 +134,46 @@ def test_a_teacher_beside_the_labels_takes_its_share(kind):
     assert RerankLoss(c)(logits_PL, without)[0].item() == pytest.approx(0.7 * of_labels, rel=1e-12)
 
 
+def test_no_answer_is_one_more_choice_of_logit_0():
+    """Against torch's cross-entropy over each group with a 0 put before it: the right choice is
+    the group's positive, or that 0. Where a group is one pair, it is binary cross-entropy."""
+    labels = [[0, 1, 0], [0, 0], [1], [0], [0, 0, 0, 2]]
+    c = dataclasses.replace(config("softmax"), no_answer=True)
+    logits_PL = logits_of(labels).requires_grad_()
+    loss, _ = RerankLoss(c)(logits_PL, targets_of(labels, None))
+    expected, start = 0.0, 0
+    for y in labels:
+        z = torch.cat([torch.zeros(1), logits_PL[start : start + len(y), 0] / c.temperature])
+        right = next((i for i, grade in enumerate(y, 1) if grade), 0)
+        expected = expected + nn.functional.cross_entropy(z, torch.tensor(right)) / len(labels)
+        start += len(y)
+    grads = [torch.autograd.grad(x, logits_PL)[0] for x in (loss, expected)]
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
+    torch.testing.assert_close(*grads, rtol=1e-12, atol=1e-15)
+
+    single, logits_PL = targets_of([[1], [0], [3]], None), logits_of([[1], [0], [3]])
+    one_by_one = nn.functional.binary_cross_entropy_with_logits(
+        logits_PL[:, 0] / c.temperature, torch.tensor([1.0, 0, 1], dtype=torch.float64)
+    )
+    loss, _ = RerankLoss(c)(logits_PL, single)
+    assert loss.item() == pytest.approx(one_by_one.item(), rel=1e-12)
+
+
+def test_no_answer_with_several_positives_is_their_mean():
+    """Positives are not told from each other: each has the negatives and the 0 against it."""
+    c = dataclasses.replace(config("softmax"), no_answer=True)
+    loss, _ = RerankLoss(c)(logits_of(), targets_of())
+    expected, start = 0.0, 0
+    for y in LABELS:
+        z = (logits_of()[start : start + len(y), 0] / c.temperature).tolist()
+        start += len(y)
+        below = 1 + sum(math.exp(x) for x, grade in zip(z, y, strict=True) if not grade)
+        above = [math.exp(x) for x, grade in zip(z, y, strict=True) if grade]
+        terms = [-math.log(x / (x + below)) for x in above] or [math.log(below)]
+        expected += sum(terms) / len(terms) / len(LABELS)
+    assert loss.item() == pytest.approx(expected, rel=1e-12)
+
+
 @pytest.mark.parametrize("kind", ["kl", "margin_mse", "cross_entropy"])
 def test_a_loss_without_grades_has_no_share_to_give(kind):
     with pytest.raises(ValueError, match=rf"teacher_weight \(0\.3\) belongs .* loss\.kind={kind}"):

@@ -319,12 +319,38 @@ def test_settings_that_do_not_fit_the_base_are_errors_that_name_them(tmp_path):
     check(r"dims \[32\] must be <= 24", dims=[24, 32])
     check(r"model\.max_query_length \(67\) must be <= 66", max_query_length=67)
     check(r"model\.freeze=layers:4: .* has 3 layers", freeze=["layers:4"])
+    check(r"model\.num_layers \(4\) must be <= 3, the layers of", num_layers=4)
+    check("num_layers .* is read by model.adapter=automodel", num_layers=2, adapter="automodel")
+    check(r"model\.freeze=layers:3: .* has 2 layers", num_layers=2, freeze=["layers:3"])
     check("model.freeze=query_tower needs model.towers=dual", freeze=["query_tower"])
     check("leaves nothing to train", towers="dual", freeze=["query_tower", "passage_tower"])
     check("model.query_prompt fills all 4 tokens", query_prompt="a the of", max_query_length=4)
     export(build_model(ModelConfig(base=base, towers="dual")), tmp_path / "dual", {})
     base = str(tmp_path / "dual")
     check("holds two towers; use model.towers=dual", towers="single")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_first_layers_alone_are_what_transformers_has_after_them(kind, tmp_path):
+    """Of the whole base, half-way; and the export's own config.json must say how many they are."""
+    from transformers import AutoModel
+
+    base = save_model(tmp_path / "base", kind)
+    towers = build_model(ModelConfig(base=str(base), num_layers=2)).eval()
+    (tokens,) = tokenise(towers.tokenizer_query, TEXTS[:1], "", 48)
+    with torch.no_grad():
+        ours = towers.passage.encoder(pack([tokens]))
+        whole, ids = AutoModel.from_pretrained(base).eval(), torch.from_numpy(tokens).long()[None]
+        half_way = whole(input_ids=ids, output_hidden_states=True).hidden_states[2][0]
+        if kind == "modernbert":
+            half_way = whole.final_norm(half_way)
+    torch.testing.assert_close(ours, half_way, rtol=0, atol=ATOL)
+
+    shake(towers, 1)
+    export(towers, tmp_path / "short", {})
+    assert AutoModel.from_pretrained(tmp_path / "short").config.num_hidden_layers == 2
+    assert_same_in_sentence_transformers(towers, tmp_path / "short")
+    assert_read_back_bit_for_bit(towers, tmp_path / "short")
 
 
 def test_dual_towers_start_equal_and_are_independent(tmp_path):

@@ -99,6 +99,7 @@ VARIANTS = {
     "mean, 3 labels": {"pooling": "mean", "num_labels": 3},
     "cls, prompts": {"query_prompt": "query : ", "passage_prompt": "passage : "},
     "mean, prompts": {"pooling": "mean", "query_prompt": "query : "},
+    "the first layers": {"num_layers": 2},
     "short pairs": {"max_pair_length": 32},
     "mean, short pairs": {"pooling": "mean", "max_pair_length": 32},
 }

@@ -386,6 +386,7 @@ def test_settings_reach_the_model_and_unfit_ones_are_errors_that_name_them(tmp_p
     check("model.prompt_in_pooling=false has no meaning", prompt_in_pooling=False)
     check("model.freeze=query_tower needs", freeze=["query_tower"])
     check(r"model\.freeze=layers:4: .* has 3 layers", freeze=["layers:4"])
+    check(r"model\.num_layers \(4\) must be <= 3", num_layers=4)
     check("prompts and special tokens take 33 of the 48", query_prompt="a the of " * 10)
 
 
