@@ -41,12 +41,14 @@ def facts_of(c: TrainConfig, result: Mapping[str, Any]) -> dict[str, object]:
     """What was run, for report.md: name -> value."""
     unit = "groups" if c.task == "rerank" else "examples"
     dims = "" if c.task == "rerank" else f", dims {c.loss.dims or 'full'}"
+    layers = c.model.num_layers
+    null = ", no answer one more choice" if c.loss.no_answer else ""
     return {
-        "base": c.model.base,
+        "base": c.model.base + (f", its first {layers} layers" if layers else ""),
         "data": c.data.root or c.data.format if not c.data.sets else ", ".join(c.data.sets),
         "steps": f"{result['steps']} of {c.optim.batch_size} {unit}",
         "learning rate": f"{c.optim.lr:g}, {c.optim.schedule}, warmup {c.optim.warmup:g}",
-        "loss": f"{c.loss.kind}, temperature {c.loss.temperature:g}{dims}",
+        "loss": f"{c.loss.kind}, temperature {c.loss.temperature:g}{null}{dims}",
         "training": f"{result['train_s']:.0f} s, {result['examples_per_s']:.1f} {unit}/s,"
         f" {result['tokens_per_s']:.0f} tokens/s",
         "peak memory": f"{result['peak_memory_mib']} MiB",
@@ -90,6 +92,8 @@ def card_of(c: TrainConfig, result: Mapping[str, Any], **settings: Any) -> dict[
     """What the export writes into the model card; `settings` beside the usual ones."""
     facts = facts_of(c, result)
     shown = {k: facts[k] for k in ("learning rate", "loss", "steps", "seed")}
+    if c.model.num_layers is not None:
+        shown["layers"] = f"the first {c.model.num_layers} of the base"
     return {
         "name": c.name,
         # a card is published: the name of a local file or folder, not its path

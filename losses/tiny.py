@@ -86,6 +86,7 @@ def shrink(c: TrainConfig, folder: Path) -> tuple[TrainConfig, str]:
         raise ValueError(
             f"loss.dims {too_wide} must be <= {width}, the embedding dimension of {c.model.base}"
         )
+    num_layers = c.model.num_layers or big["num_hidden_layers"]
     model = dataclasses.replace(
         c.model,
         base=str(folder),
@@ -97,7 +98,8 @@ def shrink(c: TrainConfig, folder: Path) -> tuple[TrainConfig, str]:
         max_query_length=None,
         max_passage_length=None,
         max_pair_length=None,
-        freeze=[_scaled_freeze(part, big["num_hidden_layers"]) for part in c.model.freeze],
+        num_layers=None,
+        freeze=[_scaled_freeze(part, num_layers) for part in c.model.freeze],
     )
     loss = dataclasses.replace(c.loss, dims=_scaled_dims(c.loss.dims, width, scaled(width)))
     layout = LAYOUTS[next(iter(encoders.values()))["model_type"]][0]

@@ -113,6 +113,15 @@ def test_layouts(name, tmp_path):
     assert bad == {}
 
 
+def test_frozen_layers_are_counted_among_those_that_are_kept(tmp_path):
+    """All of a base that is cut to two; the stand-in has its own number and is not cut."""
+    base = base_of(tmp_path, CONFIGS["mpnet"])
+    subject, bad = on_model(tmp_path, base, "model.num_layers=2", "model.freeze=[layers:2]")
+    layers = subject.towers.query.encoder.layers
+    assert not any(p.requires_grad for p in layers.parameters()) and len(layers) == tiny.NUM_LAYERS
+    assert bad == {}
+
+
 def test_what_our_encoder_cannot_compute_goes_through_the_adapter(tmp_path):
     """T5 cannot be shrunk by us; the path that it would take, padded rectangles, can."""
     subject, bad = on_model(tmp_path, base_of(tmp_path, CONFIGS["t5"]), "loss.dims=[512]")
