@@ -25,7 +25,7 @@ def test_experiment_trains_two_steps(name, tiny_base, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     args = [
         f"+experiment={name}", "model=custom", f"model.base={tiny_base}", "data=toy",
-        *OWN[task_of(name)], "model.freeze=[]", "model.num_layers=null",
+        *OWN[task_of(name)], "model.freeze=[]",
         "optim.steps=2", "optim.batch_size=4", "runtime=cpu", "runtime.precision=fp32",
         "wandb=disabled", "log_every=1",
     ]  # fmt: skip
