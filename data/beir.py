@@ -255,6 +255,14 @@ def read_answers(root: Path) -> Iterator[tuple[str, str]]:
                 yield query_id, doc_id
 
 
+def read_queries(root: Path) -> Iterator[tuple[str, str]]:
+    """(id, text) of queries.jsonl, rows that cannot be read left out."""
+    queries = part(root, "queries.jsonl")
+    assert queries is not None, root
+    for _, _, query_id, text in _read_items(queries, BadRows("skip"), has_title=False):
+        yield query_id, text
+
+
 def is_corpus(path: Path) -> bool:
     """Whether it is a folder with a corpus.jsonl, or a file whose first row is a document of one.
 

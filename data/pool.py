@@ -4,13 +4,13 @@ Two texts are the same where content_hash says so: an answer that stands in the 
 two ids, must not become a negative under the second.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from conf.schema import PrepareConfig, SourceConfig
-from data.beir import is_corpus, read_answers, read_beir, read_corpus
+from data.beir import is_corpus, part, read_answers, read_beir, read_corpus, read_queries
 from data.formats import content_hash, detect, resolve_split
 from data.records import Example, RetrievalSet
 from data.rows import read_source
@@ -70,7 +70,7 @@ class Pool:
     own        negatives that the data gives it
     mined      of (query, negative): where an earlier stage found it
     answers    all passages known to answer it: positives, and those of rows that an earlier stage
-               dropped, of mine.corpus, and of a BEIR folder's other splits
+               dropped, of mine.corpus, and of any split of a BEIR folder that is either
     shares_ids as in RetrievalSet
     """
 
@@ -167,7 +167,7 @@ def _read_beir(pool: Pool, root: Path, split: str) -> None:
             positives = [pool.docs.number[d] for d, _ in graded]
             pool.add(query, query_id, positives, grades=[grade for _, grade in graded])
     pool.shares_ids = data.shares_ids
-    _add_known_beir(pool, root)
+    _know_beir(pool, root, pool.docs.number)
 
 
 def _add_corpus(pool: Pool, c: PrepareConfig) -> None:
@@ -176,6 +176,8 @@ def _add_corpus(pool: Pool, c: PrepareConfig) -> None:
     if is_corpus(path):
         for doc_id, text in read_corpus(path):
             pool.docs.add(text, doc_id)
+        if path.is_dir():
+            _know_beir(pool, path, pool.docs.number)
         return
     for e in read_source(c, path):
         pool.know(e.query, e.positives)
@@ -186,13 +188,24 @@ def _add_corpus(pool: Pool, c: PrepareConfig) -> None:
 
 def _add_known(pool: Pool, c: PrepareConfig, data: Path) -> None:
     """What the data themselves say, whatever the stages kept of them."""
+    if detect(data) == "beir":
+        found = ((doc_id, pool.docs.find(text)) for doc_id, text in read_corpus(data))
+        _know_beir(pool, data, {doc_id: d for doc_id, d in found if d is not None})
+        return
     for e in read_source(c, data):
         pool.know(e.query, e.positives)
 
 
-def _add_known_beir(pool: Pool, root: Path) -> None:
-    """Answers by the judgements of any split."""
-    queries, docs = pool.queries.number, pool.docs.number
+def _know_beir(pool: Pool, root: Path, docs: Mapping[str, int]) -> None:
+    """Answers by the judgements of any split of a BEIR folder, for queries by their texts: the
+    pool may know them by other ids.
+
+    docs  passage of the pool by id of corpus.jsonl
+    """
+    if part(root, "queries.jsonl") is None:
+        return
+    found = ((query_id, pool.queries.find(text)) for query_id, text in read_queries(root))
+    queries = {query_id: q for query_id, q in found if q is not None}
     for query_id, doc_id in read_answers(root):
         if query_id in queries and doc_id in docs:
             pool.answers[queries[query_id]].add(docs[doc_id])

@@ -9,7 +9,7 @@ from conf.schema import PrepareConfig
 from data.cache import digest_of, path_digest
 from models.pretrained import resolve_base
 
-VERSION = 3  # raise it when the same input and settings would give another file
+VERSION = 4  # raise it when the same input and settings would give another file
 SECTIONS = {"split": "parts"}  # of PrepareConfig, where it has not the stage's name
 MODEL_KEYS = ("model", "reranker", "base", "tokenizer")  # settings that may name a hub id
 

@@ -394,6 +394,44 @@ def test_answers_that_a_stage_dropped_or_another_split_has_are_no_negatives(beir
     assert doc_id not in row["negative_ids"] and doc_id not in row["positive_ids"]
 
 
+@pytest.fixture
+def shared_ids(tmp_path) -> Path:
+    """A BEIR folder whose query q1 is document q1 but for the title, as in ArguAna; d1 and d2
+    answer it in split train, d3 in test."""
+    folder = tmp_path / "fish"
+    (folder / "qrels").mkdir(parents=True)
+    corpus = {
+        "q1": "what colour is the fish", "d1": "the fish is red", "d2": "the fish is blue",
+        "d3": "the fish is the colour of stone", "d4": "what is the stone",
+        "d5": "what colour is the river",
+    }  # fmt: skip
+    rows = [{"_id": i, "title": "Fish" * (i == "q1"), "text": t} for i, t in corpus.items()]
+    (folder / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    query = {"_id": "q1", "text": corpus["q1"]}
+    (folder / "queries.jsonl").write_text(json.dumps(query) + "\n")
+    for split, docs in (("train", ("d1", "d2")), ("test", ("d3",))):
+        lines = "".join(f"q1\t{d}\t1\n" for d in docs)
+        (folder / f"qrels/{split}.tsv").write_text("query-id\tcorpus-id\tscore\n" + lines)
+    return folder
+
+
+@pytest.mark.parametrize("way", ["data", "corpus", "earlier stage", "earlier stage, corpus"])
+def test_a_beir_folders_judgements_count_on_every_way_to_it(shared_ids, mine, tmp_path, way):
+    """As mine.corpus, or behind an earlier stage, it is read as passages or as rows of one split;
+    the rows' ids may be others than its own."""
+    texts = {r["_id"]: r["text"] for r in map(json.loads, (shared_ids / "corpus.jsonl").open())}
+    rows = [{"query_id": "a", "query": "what colour  is the fish", "positive": texts["d1"]}]
+    rows += [{"query": f"ask {d}", "positive": texts[d]} for d in ("d2", "d3", "d4", "d5")]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = path if way == "corpus" else shared_ids
+    source = shared_ids if way == "data" else path
+    corpus = str(shared_ids) if "corpus" in way else None
+    every = {"sources": ["bm25"], "model": None, "num_negatives": 9}
+    _, mined = mine(data, source=source, corpus=corpus, **every)
+    assert set(mined[0]["negative"]) - {f"Fish {texts['q1']}"} == {texts["d4"], texts["d5"]}
+
+
 def test_a_model_without_a_head_is_no_judge(beir, mine, tiny_base):
     """A fresh head vetoes at random, and its scores would be written as a teacher's."""
     with pytest.raises(ValueError, match=r"mine.reranker \(.*\) is no cross-encoder"):
