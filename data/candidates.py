@@ -67,7 +67,7 @@ class ModelSource:
                 ids = self.pool.docs.ids[low : low + PART_TEXTS]
                 hits = search(
                     self.q_QD, np.array(p_MD), ids, self.pool.queries.ids,
-                    k=k, block=PART_TEXTS, device=self.device, shares_ids=self.pool.shares_ids,
+                    k=k, block=PART_TEXTS, device=self.device,
                 )  # fmt: skip
                 found_QK = np.where(hits.docs_QK < 0, -1, hits.docs_QK + low)
                 docs_QK = np.concatenate([docs_QK, found_QK], axis=1)

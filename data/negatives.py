@@ -119,7 +119,8 @@ def choose(
 
 def _depth(pool: Pool, c: MineConfig) -> int:
     """Candidates asked for: the last rank, and room for what answers the query or equals it."""
-    most = c.last_rank + max(map(len, pool.answers)) + 1
+    room = max(len(a) + len(b) for a, b in zip(pool.answers, pool.itself, strict=True))
+    most = c.last_rank + room + 1
     return min(most, len(pool.docs.texts))
 
 
@@ -127,7 +128,7 @@ def _candidates(
     pool: Pool, q: int, found: Mapping[str, tuple[np.ndarray, np.ndarray]], c: MineConfig
 ) -> list[Negative]:
     """The query's candidates between the two ranks, sources in turns."""
-    answers = {*pool.answers[q], pool.docs.find(pool.queries.texts[q])}
+    left_out = {*pool.answers[q], *pool.itself[q], pool.docs.find(pool.queries.texts[q])}
     own = set(pool.own[q]) if c.keep_own else ()  # kept, they stand in the row already
     by_doc: dict[int, Negative] = {}
     for name, (docs_QK, scores_QK) in found.items():
@@ -135,7 +136,7 @@ def _candidates(
         for doc, score in zip(docs_QK[q].tolist(), scores_QK[q].tolist(), strict=True):
             if doc < 0 or rank == c.last_rank:
                 break
-            if doc in answers:
+            if doc in left_out:
                 continue
             rank += 1
             if rank >= c.first_rank and doc not in own:

@@ -71,14 +71,13 @@ class Pool:
     mined      of (query, negative): where an earlier stage found it
     answers    all passages known to answer it: positives, and those of rows that an earlier stage
                dropped, of mine.corpus, and of any split of a BEIR folder that is either
-    shares_ids as in RetrievalSet
+    itself     passages that are the query: of its id in a BEIR folder, as searches there leave out
     """
-
-    shares_ids = False
 
     def __init__(self) -> None:
         self.queries, self.docs = Texts("q"), Texts("d")
         self.answers: list[set[int]] = []
+        self.itself: list[set[int]] = []
         self._known: list[tuple[str, Sequence[str]]] = []
         self.positives: list[list[int]] = []
         self.grades: list[list[float]] = []
@@ -100,6 +99,7 @@ class Pool:
             for lists in (self.positives, self.grades, self.own):
                 lists.append([])
             self.answers.append(set())
+            self.itself.append(set())
         self.answers[q].update(positives)
         for doc, grade in zip(positives, grades or [1.0] * len(positives), strict=True):
             if doc not in self.positives[q]:
@@ -129,9 +129,7 @@ class Pool:
     def as_set(self) -> RetrievalSet:
         """For searchers; without judgements."""
         docs, queries = self.docs, self.queries
-        return RetrievalSet(
-            "pool", docs.ids, docs.texts, queries.ids, queries.texts, {}, shares_ids=self.shares_ids
-        )
+        return RetrievalSet("pool", docs.ids, docs.texts, queries.ids, queries.texts, {})
 
 
 def read_pool(c: PrepareConfig, source: Path) -> Pool:
@@ -166,7 +164,6 @@ def _read_beir(pool: Pool, root: Path, split: str) -> None:
         if graded:
             positives = [pool.docs.number[d] for d, _ in graded]
             pool.add(query, query_id, positives, grades=[grade for _, grade in graded])
-    pool.shares_ids = data.shares_ids
     _know_beir(pool, root, pool.docs.number)
 
 
@@ -197,8 +194,8 @@ def _add_known(pool: Pool, c: PrepareConfig, data: Path) -> None:
 
 
 def _know_beir(pool: Pool, root: Path, docs: Mapping[str, int]) -> None:
-    """Answers by the judgements of any split of a BEIR folder, for queries by their texts: the
-    pool may know them by other ids.
+    """Answers by the judgements of any split of a BEIR folder, and which of its documents a query
+    is. Queries are found by their texts: the pool may know them by other ids.
 
     docs  passage of the pool by id of corpus.jsonl
     """
@@ -206,6 +203,8 @@ def _know_beir(pool: Pool, root: Path, docs: Mapping[str, int]) -> None:
         return
     found = ((query_id, pool.queries.find(text)) for query_id, text in read_queries(root))
     queries = {query_id: q for query_id, q in found if q is not None}
+    for query_id in queries.keys() & docs.keys():
+        pool.itself[queries[query_id]].add(docs[query_id])
     for query_id, doc_id in read_answers(root):
         if query_id in queries and doc_id in docs:
             pool.answers[queries[query_id]].add(docs[doc_id])

@@ -396,14 +396,14 @@ def test_answers_that_a_stage_dropped_or_another_split_has_are_no_negatives(beir
 
 @pytest.fixture
 def shared_ids(tmp_path) -> Path:
-    """A BEIR folder whose query q1 is document q1 but for the title, as in ArguAna; d1 and d2
-    answer it in split train, d3 in test."""
+    """A BEIR folder whose query q1 is document q1 but for the title, as in ArguAna, and document d0
+    to the letter; d1 and d2 answer it in split train, d3 in test."""
     folder = tmp_path / "fish"
     (folder / "qrels").mkdir(parents=True)
     corpus = {
         "q1": "what colour is the fish", "d1": "the fish is red", "d2": "the fish is blue",
         "d3": "the fish is the colour of stone", "d4": "what is the stone",
-        "d5": "what colour is the river",
+        "d5": "what colour is the river", "d0": "what colour is the fish",
     }  # fmt: skip
     rows = [{"_id": i, "title": "Fish" * (i == "q1"), "text": t} for i, t in corpus.items()]
     (folder / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -421,7 +421,8 @@ def test_a_beir_folders_judgements_count_on_every_way_to_it(shared_ids, mine, tm
     the rows' ids may be others than its own."""
     texts = {r["_id"]: r["text"] for r in map(json.loads, (shared_ids / "corpus.jsonl").open())}
     rows = [{"query_id": "a", "query": "what colour  is the fish", "positive": texts["d1"]}]
-    rows += [{"query": f"ask {d}", "positive": texts[d]} for d in ("d2", "d3", "d4", "d5")]
+    rows += [{"query": f"ask {d}", "positive": texts[d]} for d in ("d2", "d3", "d4", "d5", "d0")]
+    rows += [{"query": "ask q1", "positive": f"Fish {texts['q1']}"}]
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = path if way == "corpus" else shared_ids
@@ -429,7 +430,24 @@ def test_a_beir_folders_judgements_count_on_every_way_to_it(shared_ids, mine, tm
     corpus = str(shared_ids) if "corpus" in way else None
     every = {"sources": ["bm25"], "model": None, "num_negatives": 9}
     _, mined = mine(data, source=source, corpus=corpus, **every)
-    assert set(mined[0]["negative"]) - {f"Fish {texts['q1']}"} == {texts["d4"], texts["d5"]}
+    assert set(mined[0]["negative"]) == {texts["d4"], texts["d5"]}
+
+
+@pytest.mark.parametrize("source", ["model", "bm25", "run"])
+def test_a_query_that_is_a_document_is_no_negative_of_itself(
+    shared_ids, mine, tmp_path, tiny_base, source
+):
+    """By its id, as BEIR's searches leave it out, where a title makes the texts differ. What is
+    left out must not take the place of a candidate."""
+    run = tmp_path / "run.trec"
+    ranked = ("q1", "d0", "d1", "d2", "d3", "d5", "d4")
+    run.write_text("".join(f"q1 Q0 {d} 1 {9 - n} x\n" for n, d in enumerate(ranked)))
+    model = str(tiny_base) if source == "model" else None
+    options = {"sources": [source], "model": model, "last_rank": 2}
+    options |= {"run": str(run)} if source == "run" else {}
+    _, (row,) = mine(shared_ids, **options)
+    assert sorted(row["negative_ids"]) == ["d4", "d5"]
+    assert sorted(m["ranks"][source] for m in row["mined"]) == [1, 2]
 
 
 def test_a_model_without_a_head_is_no_judge(beir, mine, tiny_base):
