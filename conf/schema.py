@@ -617,7 +617,7 @@ class MineConfig:
     fraction: float | None = 0.95
     max_score: float | None = None
     min_score: float | None = None
-    near_duplicate: float | None = 0.8  # left out: this similar to a positive (data/near.py)
+    near_duplicate: float | None = 0.8  # left out: this similar to an answer (data/near.py)
     choice: str = "top"  # top | sample (seeded, each candidate equally likely)
     keep_own: bool = True  # the data's own negatives come first, beside the mined ones
     reranker: str | None = None  # cross-encoder: its scores are written beside the passages, ...

@@ -14,9 +14,10 @@ Shapes: Q queries, K candidates a query, P (query, passage) pairs.
 
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -188,6 +189,20 @@ def _queue(kept: list[Negative], query: str, c: MineConfig, seed: int) -> list[N
     return [kept[i] for i in rng.permutation(len(kept)).tolist()]
 
 
+def _nearness(pool: Pool, c: MineConfig) -> Callable[[int, int], bool]:
+    """Whether a passage (the second number) is nearly one that answers a query (the first)."""
+    shingles, texts = lru_cache(maxsize=1 << 14)(shingle_set), pool.docs.texts
+
+    def is_near_answer(q: int, doc: int) -> bool:
+        if c.near_duplicate is None:
+            return False
+        answers = chain((texts[a] for a in pool.answers[q]), pool.unseen[q])
+        one = shingles(texts[doc])
+        return any(similarity(one, shingles(answer)) >= c.near_duplicate for answer in answers)
+
+    return is_near_answer
+
+
 def _take(
     pool: Pool,
     queues: Sequence[list[Negative]],
@@ -200,13 +215,7 @@ def _take(
     In rounds: each takes as many of every query's candidates as it still lacks, so that the
     cross-encoder sees large batches and only candidates that would be taken.
     """
-    shingles = lru_cache(maxsize=1 << 14)(lambda doc: shingle_set(pool.docs.texts[doc]))
-
-    def is_near_answer(q: int, doc: int) -> bool:
-        return c.near_duplicate is not None and any(
-            similarity(shingles(doc), shingles(p)) >= c.near_duplicate for p in pool.positives[q]
-        )
-
+    is_near_answer = _nearness(pool, c)
     place = [0] * len(queues)
     while True:
         asked: list[tuple[int, Negative]] = []
@@ -325,10 +334,18 @@ def own_negatives(
     pool: Pool, c: MineConfig, mined: Mined, veto: Veto | None
 ) -> list[list[Negative]]:
     """Of each query those of the data that stay, where the settings keep them: without those that
-    the veto takes for answers. Counted, and shown, in `mined`."""
-    own = [[Negative(doc) for doc in some if c.keep_own] for some in pool.own]
-    if sum(map(len, own)):
-        mined.counts["own negatives"] = sum(map(len, own))
+    are nearly an answer or that the veto takes for one. Counted, and shown, in `mined`."""
+    num_own = sum(map(len, pool.own)) if c.keep_own else 0
+    if num_own:
+        mined.counts["own negatives"] = num_own
+    is_near_answer = _nearness(pool, c)
+    own: list[list[Negative]] = [[] for _ in pool.own]
+    for q, some in enumerate(pool.own if c.keep_own else ()):
+        for doc in some:
+            if is_near_answer(q, doc):
+                mined.drop("own negatives nearly a positive", pool, q, doc)
+            else:
+                own[q].append(Negative(doc))
     if veto is None or c.veto_above is None:
         return own
     asked = [(q, n) for q, some in enumerate(own) for n in some]

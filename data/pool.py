@@ -4,7 +4,7 @@ Two texts are the same where content_hash says so: an answer that stands in the 
 two ids, must not become a negative under the second.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -71,12 +71,14 @@ class Pool:
     mined      of (query, negative): where an earlier stage found it
     answers    all passages known to answer it: positives, and those of rows that an earlier stage
                dropped, of mine.corpus, and of any split of a BEIR folder that is either
+    unseen     texts of answers that are not among the passages, which may hold near copies
     itself     passages that are the query: of its id in a BEIR folder, as searches there leave out
     """
 
     def __init__(self) -> None:
         self.queries, self.docs = Texts("q"), Texts("d")
         self.answers: list[set[int]] = []
+        self.unseen: list[dict[str, None]] = []
         self.itself: list[set[int]] = []
         self._known: list[tuple[str, Sequence[str]]] = []
         self.positives: list[list[int]] = []
@@ -98,6 +100,7 @@ class Pool:
         if q == len(self.positives):
             for lists in (self.positives, self.grades, self.own):
                 lists.append([])
+            self.unseen.append({})
             self.answers.append(set())
             self.itself.append(set())
         self.answers[q].update(positives)
@@ -118,8 +121,12 @@ class Pool:
         """When all rows are there: an answer in one row is no negative by another."""
         for query, passages in self._known:
             q = self.queries.find(query)
-            if q is not None:
-                self.answers[q] |= {d for d in map(self.docs.find, passages) if d is not None}
+            for text in passages if q is not None else ():
+                doc = self.docs.find(text)
+                if doc is not None:
+                    self.answers[q].add(doc)
+                else:
+                    self.unseen[q][text] = None
         self._known = []
         self.own = [
             [doc for doc in own if doc not in answers]
@@ -164,7 +171,7 @@ def _read_beir(pool: Pool, root: Path, split: str) -> None:
         if graded:
             positives = [pool.docs.number[d] for d, _ in graded]
             pool.add(query, query_id, positives, grades=[grade for _, grade in graded])
-    _know_beir(pool, root, pool.docs.number)
+    _know_beir(pool, root, _by_id(pool.docs))
 
 
 def _add_corpus(pool: Pool, c: PrepareConfig) -> None:
@@ -174,7 +181,7 @@ def _add_corpus(pool: Pool, c: PrepareConfig) -> None:
         for doc_id, text in read_corpus(path):
             pool.docs.add(text, doc_id)
         if path.is_dir():
-            _know_beir(pool, path, pool.docs.number)
+            _know_beir(pool, path, _by_id(pool.docs))
         return
     for e in read_source(c, path):
         pool.know(e.query, e.positives)
@@ -186,28 +193,36 @@ def _add_corpus(pool: Pool, c: PrepareConfig) -> None:
 def _add_known(pool: Pool, c: PrepareConfig, data: Path) -> None:
     """What the data themselves say, whatever the stages kept of them."""
     if detect(data) == "beir":
-        found = ((doc_id, pool.docs.find(text)) for doc_id, text in read_corpus(data))
-        _know_beir(pool, data, {doc_id: d for doc_id, d in found if d is not None})
+        _know_beir(pool, data, read_corpus(data))
         return
     for e in read_source(c, data):
         pool.know(e.query, e.positives)
 
 
-def _know_beir(pool: Pool, root: Path, docs: Mapping[str, int]) -> None:
-    """Answers by the judgements of any split of a BEIR folder, and which of its documents a query
-    is. Queries are found by their texts: the pool may know them by other ids.
+def _by_id(docs: Texts) -> Iterator[tuple[str, str]]:
+    return ((doc_id, docs.texts[number]) for doc_id, number in docs.number.items())
 
-    docs  passage of the pool by id of corpus.jsonl
+
+def _know_beir(pool: Pool, root: Path, docs: Iterable[tuple[str, str]]) -> None:
+    """Answers by the judgements of any split of a BEIR folder, and which of its documents a query
+    is; both by text, since the pool may know them by other ids.
+
+    docs  (id, text) of its corpus.jsonl
     """
     if part(root, "queries.jsonl") is None:
         return
-    found = ((query_id, pool.queries.find(text)) for query_id, text in read_queries(root))
-    queries = {query_id: q for query_id, q in found if q is not None}
-    for query_id in queries.keys() & docs.keys():
-        pool.itself[queries[query_id]].add(docs[query_id])
+    numbers = ((query_id, pool.queries.find(text)) for query_id, text in read_queries(root))
+    queries = {query_id: q for query_id, q in numbers if q is not None}
+    asked: dict[str, list[int]] = {}
     for query_id, doc_id in read_answers(root):
-        if query_id in queries and doc_id in docs:
-            pool.answers[queries[query_id]].add(docs[doc_id])
+        if query_id in queries:
+            asked.setdefault(doc_id, []).append(queries[query_id])
+    for doc_id, text in docs:
+        for q in asked.get(doc_id, ()):
+            pool.know(pool.queries.texts[q], [text])
+        number = pool.docs.find(text) if doc_id in queries else None
+        if number is not None:
+            pool.itself[queries[doc_id]].add(number)
 
 
 def _read_rows(pool: Pool, examples: Iterable[Example]) -> None:

@@ -450,6 +450,34 @@ def test_a_query_that_is_a_document_is_no_negative_of_itself(
     assert sorted(m["ranks"][source] for m in row["mined"]) == [1, 2]
 
 
+def test_copies_of_a_dropped_answer_and_own_copies_of_an_answer_are_no_negatives(tmp_path, mine):
+    """Nearly a positive counts for whatever is known to answer, and for the data's own negatives:
+    another capital letter in a copy trains the reverse."""
+    whole, kept = tmp_path / "whole.jsonl", tmp_path / "filter.jsonl"
+    fish, disk = "the red fish is called betta splendens", "Error 12: the disk is full."
+    rows = [
+        {"query": "red fish", "positive": "betta splendens"},
+        {"query": "ask 1", "positive": f"Red fish: {fish}!"},
+        {"query": "ask 2", "positive": f"{fish}."},
+        {"query": "error", "positive": disk, "negative": ["error 12: the disk is full", "birds"]},
+    ]
+    dropped = {"query": "red fish", "positive": fish}
+    whole.write_text("".join(json.dumps(row) + "\n" for row in [dropped, *rows]))
+    kept.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    every = {"sources": ["bm25"], "model": None, "num_negatives": 9, "near_duplicate": 0.8}
+    for corpus in (str(whole), None):  # the dropped answer is a passage, or is none
+        report, mined = mine(whole, source=kept, corpus=corpus, **every)
+        assert not any("betta" in text for text in mined[0]["negative"])
+    assert mined[3]["negative"][0] == "birds" and mined[3]["mined"][0] == {"source": "data"}
+    assert "error 12: the disk is full" not in mined[3]["negative"]
+    counts = report["counts"]
+    assert counts["own negatives"] == 2 and counts["own negatives nearly a positive"] == 1
+    assert "the disk is full" in report["examples"]["own negatives nearly a positive"][0]
+    _, mined = mine(whole, source=kept, **every | {"near_duplicate": None})
+    assert sum("betta" in text for text in mined[0]["negative"]) == 2
+    assert mined[3]["negative"][:2] == rows[3]["negative"]
+
+
 def test_a_model_without_a_head_is_no_judge(beir, mine, tiny_base):
     """A fresh head vetoes at random, and its scores would be written as a teacher's."""
     with pytest.raises(ValueError, match=r"mine.reranker \(.*\) is no cross-encoder"):
