@@ -34,6 +34,7 @@ EXTRA = {
     "negative_id": ("negative_id", "negative_ids", "neg_id", "neg_ids"),
     "positive_scores": ("positive_scores", "pos_scores"),
     "negative_scores": ("negative_scores", "neg_scores"),
+    "positive_grades": ("positive_grades",),
 }
 ROLES = ("query", "positive", "negative", "score", *EXTRA)
 
@@ -46,7 +47,7 @@ PASSAGE = (
 TEACHER = ("score", "scores", "teacher_score", "teacher_scores")
 QUERY_ID = ("query_id", "query-id", "qid")
 DOC_ID = ("doc_id", "doc-id", "docid", "corpus_id", "corpus-id", "passage_id", "pid", "positive_id")
-GROUP_ROLES = (*ROLES, "passage", "label", "doc_id", "positive_grades")
+GROUP_ROLES = (*ROLES, "passage", "label", "doc_id")
 
 
 class ColumnError(ValueError):
@@ -228,9 +229,6 @@ def _unlabelled(columns: Sequence[str], source: SourceConfig, listed: str) -> La
     if layout.score is None:
         free, _ = _free(columns, source)
         layout.score = _role("score", TEACHER, free, source, listed) or None
-    grades = source.columns.get("positive_grades", "positive_grades")
-    if grades in columns:
-        layout.extra["positive_grades"] = grades
     return layout
 
 

@@ -543,7 +543,8 @@ def read_retrieval_set(
     name                 of the set; default the file's or folder's name
     For rows: equal texts (content_hash) are one document and one query; ids are the given ones,
     else d<number> and q<number> in order of appearance; negatives are documents not judged. A grade
-    is the row's score where it is a whole number (0 and below: not relevant), else 1.
+    is the row's own, else its score, where that is a whole number (0 and below: not relevant), else
+    1.
     """
     bad = bad if bad is not None else BadRows()
     resolved = resolve_split(source, split)

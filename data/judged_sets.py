@@ -27,7 +27,7 @@ def retrieval_set(
         given = None if e.id == e.where else e.id
         query = queries.add(e.query, given, e.where, bad)
         positive_ids = e.positive_ids or [None] * len(e.positives)
-        scores = e.positive_scores or [1.0] * len(e.positives)
+        scores = e.positive_grades or e.positive_scores or [1.0] * len(e.positives)
         positives = [
             docs.add(t, i, e.where, bad) for t, i in zip(e.positives, positive_ids, strict=True)
         ]

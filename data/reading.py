@@ -60,7 +60,7 @@ from data.toy import TOY_VERSION, toy_examples
 
 log = logging.getLogger(__name__)
 
-INDEX_VERSION = 3  # raise it when the same files and settings would give another folder
+INDEX_VERSION = 4  # raise it when the same files and settings would give another folder
 NO_POSITIVE = "all in train: no query has a positive"
 
 

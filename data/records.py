@@ -29,9 +29,8 @@ class Example:
     where   "path:line" of the row, from 1; the line it starts on; for BEIR its first qrels row
     id      the data's own query id, else `where`
     *_ids, *_scores   as long as the texts they belong to, or None where the data gives none
-    positive_grades   how relevant each positive is, > 0; None: all 1. Read for rerankers, whose
-                      *_scores are a teacher's, NaN where it has none; a group of theirs may have
-                      no positive
+    positive_grades   how relevant each positive is, > 0; None: all 1. Of a reranker's groups the
+                      *_scores are a teacher's, NaN where it has none; a group may have no positive
     mined        where each negative comes from, as data.negatives writes it
     dataset name of the set, filled by whoever mixes several
     """

@@ -58,7 +58,13 @@ def read_source(c: PrepareConfig, source: Path, *, groups: bool = False) -> list
         split = c.split if is_data and available_splits(spec) else None
         if is_data and detect(source) not in ("beir", "hub"):
             tell_files(spec, [split and resolve_split(spec, split)])
-        return list(read(spec, split))
+        examples = list(read(spec, split))
+        if not groups and detect(source) == "beir":  # whose scores are grades, no teacher's
+            return [
+                replace(e, positive_scores=None, positive_grades=e.positive_scores)
+                for e in examples
+            ]
+        return examples
     except ValueError as e:  # the readers name train.py's settings
         message = str(e).replace("data.root", "data").replace("data.columns", "columns")
         raise ValueError(message.replace("data.texts", "score.texts")) from None

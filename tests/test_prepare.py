@@ -15,7 +15,7 @@ import torch
 
 import prepare
 from conf.schema import MineConfig, PrepareConfig, SourceConfig
-from data.formats import read_examples
+from data.formats import read_examples, read_groups, read_retrieval_set
 from data.stages import report_text
 from models.reranker import load_reranker
 
@@ -121,6 +121,34 @@ def test_a_stage_is_done_again_when_its_model_was_retrained(config, calls, tmp_p
     weights.write_bytes(content)
     prepare.prepare(c, tmp_path / "out")
     assert len(calls) == 2
+
+
+def test_grades_are_grades_behind_every_stage(config, tmp_path):
+    """Written as a teacher's scores, a reranker would learn them as such and take every positive
+    for equally relevant; left unread, the next stage loses them."""
+    folder, out = tmp_path / "set", tmp_path / "out"
+    (folder / "qrels").mkdir(parents=True)
+    texts = ("one red fish", "one blue fish", "one red bird", "old stone fish")
+    docs = "".join(json.dumps({"_id": f"d{n}", "text": t}) + "\n" for n, t in enumerate(texts))
+    (folder / "corpus.jsonl").write_text(docs)
+    (folder / "queries.jsonl").write_text(json.dumps({"_id": "q", "text": "which fish"}) + "\n")
+    (folder / "qrels/train.tsv").write_text("q\td0\t2\nq\td1\t1\nq\td2\t0\n")
+    mine = {"corpus": str(folder)}
+    prepare.prepare(config(data=str(folder), stages=["filter", "mine", "triplets"], mine=mine), out)
+    rows = {
+        name: [json.loads(line) for line in (out / f"{name}.jsonl").open()]
+        for name in ("filter", "mine", "triplets")
+    }
+    assert not any("positive_scores" in row for some in rows.values() for row in some)
+    assert rows["filter"][0]["positive_grades"] == rows["mine"][0]["positive_grades"] == [2, 1]
+    assert {t["positive"][0]: t["positive_grades"] for t in rows["triplets"]} == {
+        "one red fish": [2], "one blue fish": [1],
+    }  # fmt: skip
+    source = SourceConfig(root=str(out / "filter.jsonl"))
+    (group,) = read_groups(source, None)
+    assert group.positive_grades == [2, 1] and group.positive_scores is None
+    judged = read_retrieval_set(source, None)
+    assert judged.qrels == {"q": {"d0": 2, "d1": 1}}
 
 
 @pytest.mark.parametrize(
