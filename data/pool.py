@@ -13,7 +13,7 @@ from conf.schema import PrepareConfig, SourceConfig
 from data.beir import is_corpus, part, read_answers, read_beir, read_corpus, read_queries
 from data.formats import content_hash, detect, resolve_split
 from data.records import Example, RetrievalSet
-from data.rows import read_source
+from data.rows import in_our_words, read_corpus_rows, read_source
 
 
 class Texts:
@@ -151,11 +151,11 @@ def read_pool(c: PrepareConfig, source: Path) -> Pool:
         else:
             _read_rows(pool, read_source(c, source))
         if c.mine.corpus is not None:
-            _add_corpus(pool, c)
+            _add_corpus(pool, c, source)
         if source != Path(c.data).expanduser():  # an earlier stage may have dropped rows
             _add_known(pool, c, Path(c.data).expanduser())
-    except ValueError as error:  # the readers name train.py's setting
-        raise ValueError(str(error).replace("data.root", "data")) from error
+    except ValueError as error:
+        raise ValueError(in_our_words(str(error))) from error
     if not pool.queries.texts:
         raise ValueError(f"data={source}: no query of split {c.split!r} has a relevant passage")
     pool.close()
@@ -174,20 +174,31 @@ def _read_beir(pool: Pool, root: Path, split: str) -> None:
     _know_beir(pool, root, _by_id(pool.docs))
 
 
-def _add_corpus(pool: Pool, c: PrepareConfig) -> None:
+def _add_corpus(pool: Pool, c: PrepareConfig, source: Path) -> None:
     """The passages of mine.corpus: those of a BEIR corpus, or of rows, negatives among them."""
     path = Path(str(c.mine.corpus)).expanduser()
+
+    def add(text: str, given: str | None) -> None:
+        try:
+            pool.docs.add(text, given)
+        except ValueError as error:
+            raise ValueError(
+                f"mine.corpus={path}: {error}, there or in data={source}; an id must be of one text"
+                " in both: rename one side, or leave the ids of data unread with"
+                " \"columns={positive_id: '', negative_id: ''}\""
+            ) from None
+
     if is_corpus(path):
         for doc_id, text in read_corpus(path):
-            pool.docs.add(text, doc_id)
+            add(text, doc_id)
         if path.is_dir():
             _know_beir(pool, path, _by_id(pool.docs))
         return
-    for e in read_source(c, path):
+    for e in read_corpus_rows(c, path):
         pool.know(e.query, e.positives)
         for texts, ids in ((e.positives, e.positive_ids), (e.negatives, e.negative_ids)):
             for n, text in enumerate(texts):
-                pool.docs.add(text, ids and ids[n])
+                add(text, ids and ids[n])
 
 
 def _add_known(pool: Pool, c: PrepareConfig, data: Path) -> None:
@@ -227,12 +238,15 @@ def _know_beir(pool: Pool, root: Path, docs: Iterable[tuple[str, str]]) -> None:
 
 def _read_rows(pool: Pool, examples: Iterable[Example]) -> None:
     for e in examples:
-        positives, negatives = (
-            [pool.docs.add(text, i) for text, i in zip(texts, ids or nothing, strict=True)]
-            for texts, ids, nothing in (
-                (e.positives, e.positive_ids, [None] * len(e.positives)),
-                (e.negatives, e.negative_ids, [None] * len(e.negatives)),
+        try:
+            positives, negatives = (
+                [pool.docs.add(text, i) for text, i in zip(texts, ids or nothing, strict=True)]
+                for texts, ids, nothing in (
+                    (e.positives, e.positive_ids, [None] * len(e.positives)),
+                    (e.negatives, e.negative_ids, [None] * len(e.negatives)),
+                )
             )
-        )
-        query_id = None if e.id == e.where else e.id
-        pool.add(e.query, query_id, positives, negatives, e.positive_grades, e.mined)
+            query_id = None if e.id == e.where else e.id
+            pool.add(e.query, query_id, positives, negatives, e.positive_grades, e.mined)
+        except ValueError as error:
+            raise ValueError(f"{e.where}: {error}") from None

@@ -4,6 +4,7 @@ reports written.
 
 import json
 import logging
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -26,6 +27,15 @@ from runtime.run_dir import write_lines_atomic
 log = logging.getLogger(__name__)
 
 EXAMPLES_SHOWN = 10
+# train.py's settings in the readers' messages, and prepare.py's; what it has none for is left out
+_IN_OUR_WORDS = (
+    (r" data\.filter=\{[^}]*\} keeps those rows,|, task=rerank trains a reranker on it", ""),
+    (r"; for a data set of the hub add data\.format=hub|, or set data\.format(=jsonl)?", ""),
+    (r"set data\.format=jsonl, tsv, csv or parquet", "name it .jsonl, .tsv, .csv or .parquet"),
+    (r"data\.columns and data\.filter do not", "columns does not"),
+    (r"data\.columns", "columns"),
+    (r"data\.texts", "score.texts"),
+)
 _OF_POSITIVES = ("positives", "positive_ids", "positive_scores", "positive_grades")
 
 
@@ -50,7 +60,7 @@ def read_source(c: PrepareConfig, source: Path, *, groups: bool = False) -> list
     groups  as data.formats.read_groups has them, rows of ids included
     Raises ValueError for anything wrong with them, by the names of prepare.py's settings.
     """
-    is_data = source == Path(c.data).expanduser()
+    is_data = _is_data(c, source)
     texts = c.score.texts if is_data and groups else None
     spec = SourceConfig(root=str(source), columns=c.columns if is_data else {}, texts=texts)
     read = read_groups if groups else read_examples
@@ -65,9 +75,39 @@ def read_source(c: PrepareConfig, source: Path, *, groups: bool = False) -> list
                 for e in examples
             ]
         return examples
-    except ValueError as e:  # the readers name train.py's settings
-        message = str(e).replace("data.root", "data").replace("data.columns", "columns")
-        raise ValueError(message.replace("data.texts", "score.texts")) from None
+    except ValueError as e:
+        raise ValueError(in_our_words(str(e))) from None
+
+
+def read_corpus_rows(c: PrepareConfig, path: Path) -> list[Example]:
+    """The rows of mine.corpus, of every split that it has; where it is c.data, as these are read.
+
+    Raises ValueError for anything wrong with them, by the names of prepare.py's settings.
+    """
+    if _is_data(c, path):
+        return read_source(c, path)
+    spec = SourceConfig(root=str(path))
+    try:
+        return [e for s in available_splits(spec) or [None] for e in read_examples(spec, s)]
+    except ValueError as e:
+        message = in_our_words(str(e), "mine.corpus")
+        if "columns=" in message:
+            message += "; columns= is of data= alone: rename them in mine.corpus"
+        raise ValueError(message) from None
+
+
+def _is_data(c: PrepareConfig, path: Path) -> bool:
+    return path.resolve() == Path(c.data).expanduser().resolve()
+
+
+def in_our_words(message: str, setting: str = "data") -> str:
+    """A message of the readers, which name train.py's settings, with those of prepare.py.
+
+    setting  whose path is read
+    """
+    for theirs, ours in _IN_OUR_WORDS:
+        message = re.sub(theirs, ours, message)
+    return message.replace("data.root", setting)
 
 
 def pairs_of(

@@ -209,7 +209,7 @@ def _encode(
         raise ValueError(
             f"embeddings of {shape[0]:,} {what} need {num_bytes / 1e9:.1f} GB under"
             f" data.cache_dir, where {free / 1e9:.1f} GB are free; set data.cache_dir to a larger"
-            " disk or lower data.max_examples"
+            " disk or lower data.max_examples (in prepare.py: set cache_dir)"
         )
     bar = tqdm(total=shape[0], desc=f"{guide.name}: {what}", unit="text", leave=False, delay=2)
     # written, not mapped: a full disk is then an error, and not the end of the process

@@ -151,6 +151,20 @@ def test_grades_are_grades_behind_every_stage(config, tmp_path):
     assert judged.qrels == {"q": {"d0": 2, "d1": 1}}
 
 
+def test_a_reader_advises_no_setting_that_prepare_lacks(config, tmp_path):
+    """The readers are train.py's: its data.filter, data.format and task are none of prepare.py."""
+    data = tmp_path / "labelled"
+    data.mkdir()
+    row = {"query": "x", "positive": "y", "label": 1}
+    (data / "train.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(ValueError, match=r"columns=\{score: label\} reads it as relevance") as e:
+        prepare.prepare(config(data=str(data)), tmp_path / "out")
+    assert "data." not in str(e.value) and "task=" not in str(e.value)
+    (data / "train.tsv").write_text("query\tpositive\nx\ty\n")
+    with pytest.raises(ValueError, match=r"is ambiguous.*; name one file$"):
+        prepare.prepare(config(data=str(data)), tmp_path / "out")
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -508,6 +508,61 @@ def test_a_larger_corpus_serves(beir, mine, tmp_path):
         mine(path, corpus=str(tmp_path / "none"))
 
 
+def test_a_corpus_of_rows_is_read_whole_and_its_faults_name_it(tmp_path, mine):
+    """It has no setting for its split; and a message that names data= sends one to the wrong
+    file."""
+    path, more = tmp_path / "pairs.jsonl", tmp_path / "more"
+    path.write_text(json.dumps({"query": "red fish", "positive": "red fish 1"}) + "\n")
+    more.mkdir()
+    for split in ("train", "dev"):
+        row = {"query": f"ask {split}", "positive": f"red {split}"}
+        (more / f"{split}.jsonl").write_text(json.dumps(row) + "\n")
+    every = {"sources": ["bm25"], "model": None}
+    _, (row,) = mine(path, corpus=str(more), **every)
+    assert set(row["negative"]) == {"red train", "red dev"}
+    faulty = tmp_path / "faulty.jsonl"
+    for rows, message in (
+        ({"frage": "x", "positive": "y"}, r"faulty\.jsonl.*a query column.*rename them"),
+        ({"query": "x", "positive": "y", "score": 0}, r"mine\.corpus=.*faulty\.jsonl: all 1 pairs"),
+    ):
+        faulty.write_text(json.dumps(rows) + "\n")
+        with pytest.raises(ValueError, match=message) as e:
+            mine(path, corpus=str(faulty), **every)
+        assert "data." not in str(e.value)
+
+
+def test_ids_of_data_and_corpus_that_clash_are_named_with_both(tmp_path, mine):
+    """Mined rows have made-up ids d0, d1, ..., which a corpus may give to other texts."""
+    path, corpus = tmp_path / "pairs.jsonl", tmp_path / "corpus.jsonl"
+    path.write_text(json.dumps({"query": "red fish", "positive": "red fish 1"}) + "\n")
+    corpus.write_text(json.dumps({"_id": "d0", "text": "blue fish"}) + "\n")
+    every = {"sources": ["bm25"], "model": None, "corpus": str(corpus)}
+    mine(path, **every | {"corpus": None})
+    mined = (tmp_path / "mine.jsonl").rename(tmp_path / "mined.jsonl")
+    with pytest.raises(ValueError, match="found 'd0' with 'blue fish' and 'red fish 1'") as e:
+        mine(mined, **every)
+    assert f"mine.corpus={corpus}: " in str(e.value) and f"data={mined}" in str(e.value)
+    columns = {"positive_id": "", "negative_id": ""}
+    assert "columns={positive_id: '', negative_id: ''}" in str(e.value)
+    _, (row,) = mine(mined, columns=columns, **every)
+    assert row["negative"] == ["blue fish"] and row["negative_ids"] == ["d0"]
+    rows = [{"query": f"ask {t}", "positive": t, "positive_id": "d1"} for t in ("one", "two")]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ValueError, match=r"pairs\.jsonl:2: expected one text an id, found 'd1'"):
+        mine(path, **every)
+
+
+def test_the_data_as_corpus_is_the_data_however_its_path_is_written(tmp_path, mine, monkeypatch):
+    """columns= is of the data: a corpus given by its whole path would be read without it."""
+    monkeypatch.chdir(tmp_path)
+    path = Path("pairs.jsonl")
+    rows = [{"frage": f"ask {n}", "positive": f"fish {n}"} for n in range(3)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = {"sources": ["bm25"], "model": None, "columns": {"query": "frage"}}
+    _, mined = mine(path, corpus=str(path.absolute()), **options)
+    assert [row["query"] for row in mined] == ["ask 0", "ask 1", "ask 2"]
+
+
 def test_a_run_file_is_a_source(beir, mine, tmp_path, caplog):
     """Scores and order as the file has them; ids of equal texts are one passage; a positive that
     the file does not list has at most its lowest score."""
