@@ -1,12 +1,15 @@
 """Where a query's hard negatives may come from: a model's nearest passages, BM25 or a run file.
 
-A source gives the best passages of every query, best first in the one total order (score
+A source gives the best passages of each query, best first in the one total order (score
 descending, then id descending by bytes), and the score of any single pair.
 
-Shapes: Q queries, N passages, D embedding, K candidates a query, P (query, passage) pairs.
+Shapes: Q queries, B of them asked at once, N passages, D embedding, K candidates a query, P (query,
+passage) pairs.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
@@ -26,11 +29,13 @@ from evals.search import descending_ids, search
 # a search holds in memory beside the candidates
 PART_TEXTS = 16384
 BLOCK_PAIRS = 1 << 16
+ALL = slice(None)
 
 
 class CandidateSource(Protocol):
-    def best(self, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """(docs_QK int64, scores_QK float32), best first; -1 and -inf where there is none."""
+    def best(self, k: int, queries: slice = ALL) -> tuple[np.ndarray, np.ndarray]:
+        """(docs_BK int64, scores_BK float32), best first; -1 and -inf where there is none. What
+        other queries are asked changes no bit of a query's."""
 
     def pair_scores(self, query_P: np.ndarray, doc_P: np.ndarray) -> np.ndarray:
         """float32 score of each pair."""
@@ -55,28 +60,38 @@ class ModelSource:
         encoder.close()
         return cls(pool, np.concatenate(queries), parts, encoder.device)
 
-    def best(self, k: int) -> tuple[np.ndarray, np.ndarray]:
-        place_N = np.argsort(descending_ids(self.pool.docs.ids))
-        size = (len(self.pool.queries.texts), 0)
-        docs_QK, scores_QK = np.zeros(size, np.int64), np.zeros(size, np.float32)
+    @cached_property
+    def _order(self) -> tuple[np.ndarray, list[np.ndarray]]:
+        """(place of each passage in the order of ids, that order within each part)."""
+        ids = self.pool.docs.ids
+        lows = range(0, len(ids), PART_TEXTS)
+        parts = [descending_ids(ids[low : low + PART_TEXTS]) for low in lows]
+        return np.argsort(descending_ids(ids)), parts
+
+    def best(self, k: int, queries: slice = ALL) -> tuple[np.ndarray, np.ndarray]:
+        place_N, orders = self._order
+        q_BD, query_ids = self.q_QD[queries], self.pool.queries.ids[queries]
+        size = (len(query_ids), 0)
+        docs_BK, scores_BK = np.zeros(size, np.int64), np.zeros(size, np.float32)
         bar = tqdm(
             total=len(self.pool.docs.texts), desc="search", unit="text", leave=False, delay=2
         )
         with bar:
-            for low, p_MD in zip(range(0, bar.total, PART_TEXTS), self.parts, strict=True):
+            lows = range(0, bar.total, PART_TEXTS)
+            for low, order_M, p_MD in zip(lows, orders, self.parts, strict=True):
                 ids = self.pool.docs.ids[low : low + PART_TEXTS]
                 hits = search(
-                    self.q_QD, np.array(p_MD), ids, self.pool.queries.ids,
-                    k=k, block=PART_TEXTS, device=self.device,
+                    q_BD, np.array(p_MD), ids, query_ids,
+                    k=k, block=PART_TEXTS, device=self.device, order_N=order_M,
                 )  # fmt: skip
-                found_QK = np.where(hits.docs_QK < 0, -1, hits.docs_QK + low)
-                docs_QK = np.concatenate([docs_QK, found_QK], axis=1)
-                scores_QK = np.concatenate([scores_QK, hits.scores_QK], axis=1)
-                at_QK = np.lexsort((place_N[docs_QK], -scores_QK), axis=1)[:, :k]
-                docs_QK = np.take_along_axis(docs_QK, at_QK, axis=1)
-                scores_QK = np.take_along_axis(scores_QK, at_QK, axis=1)
+                found_BK = np.where(hits.docs_QK < 0, -1, hits.docs_QK + low)
+                docs_BK = np.concatenate([docs_BK, found_BK], axis=1)
+                scores_BK = np.concatenate([scores_BK, hits.scores_QK], axis=1)
+                at_BK = np.lexsort((place_N[docs_BK], -scores_BK), axis=1)[:, :k]
+                docs_BK = np.take_along_axis(docs_BK, at_BK, axis=1)
+                scores_BK = np.take_along_axis(scores_BK, at_BK, axis=1)
                 bar.update(len(ids))
-        return docs_QK, scores_QK
+        return docs_BK, scores_BK
 
     def pair_scores(self, query_P: np.ndarray, doc_P: np.ndarray) -> np.ndarray:
         score_P = np.empty(len(doc_P), np.float32)
@@ -110,8 +125,9 @@ class Bm25Source:
         self.pool, self.set = pool, pool.as_set()
         self.index = Bm25(self.set)
 
-    def best(self, k: int) -> tuple[np.ndarray, np.ndarray]:
-        hits = bm25_hits(self.set, k, index=self.index)
+    def best(self, k: int, queries: slice = ALL) -> tuple[np.ndarray, np.ndarray]:
+        ids, texts = self.set.query_ids[queries], self.set.query_texts[queries]
+        hits = bm25_hits(replace(self.set, query_ids=ids, query_texts=texts), k, index=self.index)
         return hits.docs_QK, hits.scores_QK
 
     def pair_scores(self, query_P: np.ndarray, doc_P: np.ndarray) -> np.ndarray:
@@ -137,15 +153,19 @@ class RunSource:
                 doc = docs.number[every.doc_ids[n]]
                 found[doc] = max(score, found.get(doc, score))
 
-    def best(self, k: int) -> tuple[np.ndarray, np.ndarray]:
-        place_N = np.argsort(descending_ids(self.pool.docs.ids)).tolist()
-        docs_QK = np.full((len(self.scores), k), -1, np.int64)
-        scores_QK = np.full(docs_QK.shape, -np.inf, np.float32)
-        for q, found in enumerate(self.scores):
+    @cached_property
+    def _place_N(self) -> list[int]:
+        return np.argsort(descending_ids(self.pool.docs.ids)).tolist()
+
+    def best(self, k: int, queries: slice = ALL) -> tuple[np.ndarray, np.ndarray]:
+        place_N, asked = self._place_N, self.scores[queries]
+        docs_BK = np.full((len(asked), k), -1, np.int64)
+        scores_BK = np.full(docs_BK.shape, -np.inf, np.float32)
+        for row, found in enumerate(asked):
             first = sorted(found.items(), key=lambda hit: (-hit[1], place_N[hit[0]]))[:k]
             for n, (doc, score) in enumerate(first):
-                docs_QK[q, n], scores_QK[q, n] = doc, score
-        return docs_QK, scores_QK
+                docs_BK[row, n], scores_BK[row, n] = doc, score
+        return docs_BK, scores_BK
 
     def pair_scores(self, query_P: np.ndarray, doc_P: np.ndarray) -> np.ndarray:
         """What the file lists. A pair that it does not list has at most the lowest score that the

@@ -9,7 +9,7 @@ drawn from a shared generator.
 Sources: Karpukhin et al. 2020 (BM25 negatives), Xiong et al. 2021 (ANCE), Moreira et al. 2024
 (NV-Retriever: limits as a share of the positive's score), Qu et al. 2021 (RocketQA: the veto).
 
-Shapes: Q queries, K candidates a query, P (query, passage) pairs.
+Shapes: Q queries, B of them in a block, K candidates a query, P (query, passage) pairs.
 """
 
 import logging
@@ -40,6 +40,9 @@ from runtime.device import keep_freed_memory, pick_device
 log = logging.getLogger(__name__)
 
 EXAMPLES_SHOWN = 10
+# A block of queries: these many at most, and no more hits than these unless one query has more.
+# Their candidates are what memory must hold, 50 of a query about 30 KB
+BLOCK_QUERIES, BLOCK_HITS = 8192, 1 << 22
 
 
 @dataclass
@@ -96,21 +99,27 @@ def choose(
     veto     asked about candidates that would be taken, and no others
     """
     counts: Counter = Counter()
-    found = {name: source.best(_depth(pool, c)) for name, source in sources.items()}
-    candidates = [_candidates(pool, q, found, c) for q in range(len(pool.queries.texts))]
     scales = {"model": judge} if judge is not None else dict(sources)
-    if judge is not None:
-        _add_scores(candidates, judge, "model")
     lowest = {name: _lowest_positive(pool, source) for name, source in scales.items()}
-    queues = []
-    for q, some in enumerate(candidates):
-        bounds = {scale: limits(lowest[scale][q], c) for scale in scales}
-        kept = [n for n in some if _is_within(n, bounds)]
-        counts["candidates"] += len(some)
-        counts["outside the limits"] += len(some) - len(kept)
-        queues.append(_queue(kept, pool.queries.texts[q], c, seed))
-    mined = Mined([[] for _ in queues], lowest, counts, {})
-    _take(pool, queues, mined, c, veto)
+    mined = Mined([[] for _ in pool.queries.texts], lowest, counts, {})
+    is_near_answer = _nearness(pool, c)
+    for block, depth in _blocks(pool, c):
+        found = {name: source.best(depth, block) for name, source in sources.items()}
+        candidates = {
+            q: _candidates(pool, q, {name: (d[row], s[row]) for name, (d, s) in found.items()}, c)
+            for row, q in enumerate(range(block.start, block.stop))
+        }
+        if judge is not None:
+            _add_scores(candidates, judge, "model")
+        queues = {}
+        for q, some in candidates.items():
+            bounds = {scale: limits(lowest[scale][q], c) for scale in scales}
+            kept = [n for n in some if _is_within(n, bounds)]
+            counts["candidates"] += len(some)
+            counts["outside the limits"] += len(some) - len(kept)
+            queues[q] = _queue(kept, pool.queries.texts[q], c, seed)
+        _take(pool, queues, mined, c, is_near_answer, veto)
+        del found, candidates, queues  # the next block's need the room
     counts["mined"] = sum(map(len, mined.negatives))
     short = [c.num_negatives - len(some) for some in mined.negatives]
     counts[f"queries with fewer than {c.num_negatives}"] = sum(s > 0 for s in short)
@@ -118,23 +127,33 @@ def choose(
     return mined
 
 
-def _depth(pool: Pool, c: MineConfig) -> int:
-    """Candidates asked for: the last rank, and room for what answers the query or equals it."""
-    room = max(len(a) + len(b) for a, b in zip(pool.answers, pool.itself, strict=True))
-    most = c.last_rank + room + 1
-    return min(most, len(pool.docs.texts))
+def _blocks(pool: Pool, c: MineConfig) -> Iterator[tuple[slice, int]]:
+    """Queries by number, block by block, and the candidates asked for in each: the last rank, and
+    room for what answers one of its queries or equals it."""
+    low = depth = 0
+    for q, (answers, itself) in enumerate(zip(pool.answers, pool.itself, strict=True)):
+        wanted = min(c.last_rank + len(answers) + len(itself) + 1, len(pool.docs.texts))
+        size, deepest = q - low, max(depth, wanted)
+        if size and (size == BLOCK_QUERIES or (size + 1) * deepest > BLOCK_HITS):
+            yield slice(low, q), depth
+            low, deepest = q, wanted
+        depth = deepest
+    yield slice(low, len(pool.answers)), depth
 
 
 def _candidates(
     pool: Pool, q: int, found: Mapping[str, tuple[np.ndarray, np.ndarray]], c: MineConfig
 ) -> list[Negative]:
-    """The query's candidates between the two ranks, sources in turns."""
+    """The query's candidates between the two ranks, sources in turns.
+
+    found  by source: (passages, scores) of the query, best first
+    """
     left_out = {*pool.answers[q], *pool.itself[q], pool.docs.find(pool.queries.texts[q])}
     own = set(pool.own[q]) if c.keep_own else ()  # kept, they stand in the row already
     by_doc: dict[int, Negative] = {}
-    for name, (docs_QK, scores_QK) in found.items():
+    for name, (docs_K, scores_K) in found.items():
         rank = 0
-        for doc, score in zip(docs_QK[q].tolist(), scores_QK[q].tolist(), strict=True):
+        for doc, score in zip(docs_K.tolist(), scores_K.tolist(), strict=True):
             if doc < 0 or rank == c.last_rank:
                 break
             if doc in left_out:
@@ -146,8 +165,10 @@ def _candidates(
     return sorted(by_doc.values(), key=lambda n: min(n.ranks.values()))  # stable: sources in order
 
 
-def _add_scores(candidates: Sequence[list[Negative]], judge: CandidateSource, name: str) -> None:
-    lacking = [(q, n) for q, some in enumerate(candidates) for n in some if name not in n.scores]
+def _add_scores(
+    candidates: Mapping[int, list[Negative]], judge: CandidateSource, name: str
+) -> None:
+    lacking = [(q, n) for q, some in candidates.items() for n in some if name not in n.scores]
     pairs_P2 = np.array([(q, n.doc) for q, n in lacking], np.int64).reshape(-1, 2)
     for (_, negative), score in zip(lacking, judge.pair_scores(*pairs_P2.T).tolist(), strict=True):
         negative.scores[name] = score
@@ -205,21 +226,21 @@ def _nearness(pool: Pool, c: MineConfig) -> Callable[[int, int], bool]:
 
 def _take(
     pool: Pool,
-    queues: Sequence[list[Negative]],
+    queues: Mapping[int, list[Negative]],
     mined: Mined,
     c: MineConfig,
+    is_near_answer: Callable[[int, int], bool],
     veto: Veto | None,
 ) -> None:
-    """Fill mined.negatives from the queues.
+    """Fill mined.negatives of a block of queries from their queues.
 
     In rounds: each takes as many of every query's candidates as it still lacks, so that the
     cross-encoder sees large batches and only candidates that would be taken.
     """
-    is_near_answer = _nearness(pool, c)
-    place = [0] * len(queues)
+    place = dict.fromkeys(queues, 0)
     while True:
         asked: list[tuple[int, Negative]] = []
-        for q, queue in enumerate(queues):
+        for q, queue in queues.items():
             wanted = c.num_negatives - len(mined.negatives[q])
             while wanted and place[q] < len(queue):
                 negative = queue[place[q]]
@@ -242,8 +263,8 @@ def _take(
                 mined.drop("vetoed", pool, q, negative.doc)
             else:
                 mined.negatives[q].append(negative)
-    for some in mined.negatives:  # a sample too: hardest first
-        some.sort(key=lambda n: min(n.ranks.values()))
+    for q in queues:  # a sample too: hardest first
+        mined.negatives[q].sort(key=lambda n: min(n.ranks.values()))
 
 
 # ------------------------------------------------------------------------------------------ a stage

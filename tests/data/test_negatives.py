@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from conf.schema import MineConfig, ModelConfig, PrepareConfig, SourceConfig
-from data import candidates, teacher
+from data import candidates, negatives, teacher
 from data.candidates import Bm25Source, ModelSource, RunSource
 from data.formats import read_examples
 from data.negatives import Negative, choose, limits, mine_file
@@ -158,7 +158,7 @@ def test_equal_and_nearly_equal_texts_are_no_negatives():
     pool.add("Who asks?", "q", [0])
     source = Bm25Source(pool)
     everything = np.tile(np.arange(4), (1, 1)), np.ones((1, 4), np.float32)
-    source.best = lambda k: everything
+    source.best = lambda k, queries: everything
     c = MineConfig(sources=["bm25"], fraction=None)
     mined = choose(pool, {"bm25": source}, c, seed=0)
     assert [n.doc for n in mined.negatives[0]] == [3]
@@ -173,7 +173,7 @@ def test_several_sources_take_turns_and_are_judged_by_the_model(grid):
     pool, model, scores_QN = grid
     rows = [[int(d) for d in np.random.default_rng(q).permutation(90)[:12]] for q in range(23)]
     other = SimpleNamespace(
-        best=lambda k: (np.array(rows), np.tile(np.arange(112.0, 100, -1), (23, 1))),
+        best=lambda k, queries: (np.array(rows), np.tile(np.arange(112.0, 100, -1), (23, 1))),
         pair_scores=lambda q, d: np.full(len(d), 100.0, np.float32),
     )
     c = MineConfig(
@@ -259,6 +259,47 @@ def test_veto_in_rounds_gives_what_judging_everything_gives(grid, choice):
     assert len(asked) == len(set(asked)) == mined.counts["vetoed"] + mined.counts["mined"]
     assert len(asked) < 23 * 20 * 0.6
     assert len(veto.asked[0]) == 22 * 4  # one batch for all queries
+
+
+@pytest.mark.parametrize("limit", [("BLOCK_QUERIES", 2), ("BLOCK_HITS", 120)], ids=str)
+@pytest.mark.parametrize("choice", ["top", "sample"])
+def test_blocks_of_queries_change_nothing(grid, tmp_path, monkeypatch, choice, limit):
+    """With a veto, of all sources: what is chosen for a query, and every score and rank."""
+    pool, source, scores_QN = grid
+    c = MineConfig(
+        sources=["model", "bm25", "run"], model="x", run="x", choice=choice, num_negatives=4,
+        last_rank=20, margin=-1.0, near_duplicate=0.9, veto_above=0.4, reranker="x",
+    )  # fmt: skip
+    probability_N = np.random.default_rng(1).random(90)
+    listed = ((q, d) for q in range(23) for d in range(q, 90, 4))
+    lines = (f"q{q} Q0 {pool.docs.ids[d]} 1 {-scores_QN[q, d]} x\n" for q, d in listed)
+    (tmp_path / "run.trec").write_text("".join(lines))
+    run = RunSource(pool, tmp_path / "run.trec")
+    sources = {"model": source, "bm25": Bm25Source(pool), "run": run}
+
+    def mined():
+        return choose(pool, sources, c, seed=0, judge=source, veto=Judge(probability_N))
+
+    whole = mined()
+    monkeypatch.setattr(negatives, *limit)
+    assert len(list(negatives._blocks(pool, c))) > 5
+    parts = mined()
+    assert parts.negatives == whole.negatives and sum(map(len, whole.negatives)) > 40
+    assert parts.positive_scores == whole.positive_scores and parts.counts == whole.counts
+    assert whole.counts["vetoed"] and whole.counts["outside the limits"]
+
+
+def test_one_query_with_many_answers_does_not_deepen_the_others_candidates(grid, monkeypatch):
+    """Room for the answers of one topic, times all queries, is more than memory holds."""
+    pool, source, _ = grid
+    monkeypatch.setattr(negatives, "BLOCK_HITS", 120)
+    asked = []
+    best = source.best
+    monkeypatch.setattr(source, "best", lambda k, of: asked.append((k, of)) or best(k, of))
+    choose(pool, {"model": source}, MineConfig(**NO_LIMITS, last_rank=6), seed=0, judge=source)
+    assert [q for _, of in asked for q in range(of.start, of.stop)] == list(range(23))
+    assert asked[-1] == (90, slice(22, 23))  # every passage answers it
+    assert len(asked) == 4 and all(k <= 6 + 4 + 1 for k, _ in asked[:-1])
 
 
 # ------------------------------------------------------------------------------------------- files
