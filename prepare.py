@@ -130,6 +130,27 @@ def check(c: "PrepareConfig", out: Path) -> None:
         )
     if out.exists() and not out.is_dir():
         raise ValueError(f"out ({out}) is a file; want a folder")
+    check_inputs_stay(c, out)
+
+
+def check_inputs_stay(c: "PrepareConfig", out: Path) -> None:
+    """Raise ValueError where a stage would write over what it, or the same command again, reads."""
+    mine_on = c.stages[c.stages.index("mine") :] if "mine" in c.stages else []
+    for setting, given, stages in (
+        ("data", c.data, c.stages),
+        ("mine.corpus", c.mine.corpus, mine_on),  # what an earlier stage writes may be read
+    ):
+        if given is None:
+            continue
+        read, written = Path(given).expanduser().resolve(), out.resolve()
+        if setting == "data" and read == written:
+            raise ValueError(f"out ({out}) is the folder of data ({given}); use another out=")
+        for name in stages:
+            targets = [written / f"{name}.jsonl"] + [written / name] * (name == "split")
+            if any(read.is_relative_to(target) for target in targets):
+                raise ValueError(
+                    f"{setting} ({given}) is what stage {name} would write over; use another out="
+                )
 
 
 if __name__ == "__main__":

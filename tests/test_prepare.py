@@ -192,6 +192,52 @@ def test_out_that_is_a_file_is_refused(config, tmp_path):
         prepare.prepare(config(), tmp_path / "out")
 
 
+@pytest.mark.parametrize(
+    ("stages", "read"),
+    [
+        (["mine"], "out/mine.jsonl"),
+        (["mine"], "link/../out/mine.jsonl"),  # the same file by another name
+        (["split"], "out/split.jsonl"),
+        (["split"], "out/split/train.jsonl"),
+        (["split"], "out/split"),
+        (["filter", "mine"], "out/mine.jsonl"),
+    ],
+)
+def test_data_that_a_stage_would_write_over_are_refused(config, tmp_path, pairs, stages, read):
+    """The input was replaced without a word, and the same command gave more negatives each time."""
+    source = tmp_path / read
+    (tmp_path / "link").mkdir()
+    (tmp_path / "out/split").mkdir(parents=True)
+    file = source / "train.jsonl" if source.is_dir() else source
+    file.write_text(pairs.read_text())
+    before = sorted(p for p in (tmp_path / "out").rglob("*"))
+    message = rf"data \(.*\) is what stage {stages[-1]} would write over; use another out="
+    with pytest.raises(ValueError, match=message):
+        prepare.prepare(config(stages=stages, data=str(source)), tmp_path / "out")
+    assert file.read_text() == pairs.read_text()
+    assert sorted(p for p in (tmp_path / "out").rglob("*")) == before
+
+
+def test_out_that_is_the_data_folder_is_refused(config, tmp_path, pairs):
+    """mine.jsonl would be among the files that the next command reads as its data."""
+    with pytest.raises(ValueError, match=r"out \(.*\) is the folder of data"):
+        prepare.prepare(config(data=str(tmp_path)), tmp_path)
+    assert not (tmp_path / "mine.jsonl").exists()
+
+
+def test_a_corpus_that_mining_would_write_over_is_refused(config, tmp_path, pairs):
+    """What a stage before it writes may be the corpus; its own file and later ones may not."""
+    (tmp_path / "out").mkdir()
+    for name in ("mine", "triplets"):
+        corpus = tmp_path / f"out/{name}.jsonl"
+        corpus.write_text(pairs.read_text())
+        c = config(stages=["filter", "mine", "triplets"], mine={"corpus": str(corpus)})
+        with pytest.raises(ValueError, match=rf"mine\.corpus \(.*\) is what stage {name} would"):
+            prepare.prepare(c, tmp_path / "out")
+    earlier = config(stages=["filter", "mine"], mine={"corpus": str(tmp_path / "out/filter.jsonl")})
+    assert list(prepare.prepare(earlier, tmp_path / "out")["stages"]) == ["filter", "mine"]
+
+
 @pytest.fixture
 def reranker(tiny_base, tmp_path) -> Path:
     """A cross-encoder with random weights, in a folder of transformers' own class."""
