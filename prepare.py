@@ -121,7 +121,9 @@ def prepare(c: "PrepareConfig", out: Path) -> dict[str, Any]:
 
 
 def check(c: "PrepareConfig", out: Path) -> None:
-    """Raise ValueError for stages or an `out` that cannot be run."""
+    """Raise ValueError for stages or an `out` that cannot be run, before the first one works."""
+    from data.stages import check_stage
+
     unknown = [name for name in c.stages if name not in STAGES]
     if unknown or not c.stages or len(set(c.stages)) < len(c.stages):
         raise ValueError(
@@ -131,6 +133,10 @@ def check(c: "PrepareConfig", out: Path) -> None:
     if out.exists() and not out.is_dir():
         raise ValueError(f"out ({out}) is a file; want a folder")
     check_inputs_stay(c, out)
+    made: set[Path] = set()
+    for name in c.stages:
+        check_stage(c, name, made)
+        made.add((out / f"{name}.jsonl").resolve())
 
 
 def check_inputs_stay(c: "PrepareConfig", out: Path) -> None:

@@ -21,7 +21,6 @@ from scipy.sparse.csgraph import connected_components
 
 from conf.schema import FilterConfig, PrepareConfig
 from data.languages import (
-    check_script,
     comparable,
     is_question,
     language_share,
@@ -40,6 +39,7 @@ from data.rows import (
     row_of,
     write_rows,
 )
+from data.stages import check_stage
 
 log = logging.getLogger(__name__)
 
@@ -278,12 +278,7 @@ def filter_file(c: PrepareConfig, source: Path, target: Path) -> dict[str, Any]:
     Raises ValueError for anything wrong with the data or the models, and where nothing is left.
     """
     f = c.filter
-    if f.reranker is not None:
-        from models.reranker import check_judges
-
-        check_judges(f.reranker, "filter.reranker", ", or filter.model for a retriever")
-    if f.script is not None:
-        check_script(f.script, "filter.script")
+    check_stage(c, "filter")
     examples = read_source(c, source)
     answers = read_answers(examples, f.answer_column) if f.answer_column else None
     pairs = pairs_of(examples, answers)

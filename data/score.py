@@ -19,6 +19,7 @@ from data.candidates import ModelSource
 from data.pool import Pool
 from data.records import Example
 from data.rows import read_source, row_of, write_rows
+from data.stages import check_stage
 from data.teacher import Encoder
 from data.veto import Veto
 from models.pretrained import resolve_base
@@ -34,11 +35,7 @@ def score_file(c: PrepareConfig, source: Path, target: Path) -> dict[str, Any]:
     Scores that the data brings are replaced. Raises ValueError for a model that is not set or
     cannot be read, and for anything wrong with the data.
     """
-    if not c.score.model:
-        raise ValueError(
-            "score.model is not set: name the teacher, a run directory, model folder or hub id of a"
-            " cross-encoder or a retriever"
-        )
+    check_stage(c, "score")
     keep_freed_memory()
     groups = read_source(c, source, groups=True)
     if not groups:

@@ -25,6 +25,7 @@ from data.judge import fresh_judge, judged
 from data.records import Example, content_hash, hash_bytes
 from data.rows import Pair, keep_pairs, pairs_of, read_source, report_of, row_of, shown, write_rows
 from data.splits import component_keys, incidences
+from data.stages import check_stage
 
 log = logging.getLogger(__name__)
 
@@ -40,11 +41,7 @@ def validate_file(c: PrepareConfig, source: Path, target: Path) -> dict[str, Any
     Raises ValueError for settings that do not fit the data or the model, and where nothing is kept.
     """
     v = c.validate
-    if not v.base:
-        raise ValueError(
-            "validate.base is not set: name the encoder that the judges start from, e.g."
-            " validate.base=intfloat/multilingual-e5-small"
-        )
+    check_stage(c, "validate")
     fresh_judge(v)  # what does not fit is said before the data are read
     examples = read_source(c, source)
     fold_R = folds_of(examples, v.folds, c.seed)

@@ -16,6 +16,15 @@ import torch
 import prepare
 from conf.schema import MineConfig, PrepareConfig, SourceConfig
 from data.formats import read_examples, read_groups, read_retrieval_set
+from conf.schema import (
+    FilterConfig,
+    MineConfig,
+    PrepareConfig,
+    ScoreConfig,
+    SourceConfig,
+    ValidateConfig,
+)
+from data.formats import read_examples
 from data.stages import report_text
 from models.reranker import load_reranker
 
@@ -193,6 +202,41 @@ def test_out_that_is_a_file_is_refused(config, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("section", "settings", "message"),
+    [
+        ("filter", {"script": "Arabik"}, r"filter\.script \(Arabik\) is no script"),
+        ("filter", {"reranker": "BASE"}, r"filter\.reranker \(.*\) is no cross-encoder"),
+        ("filter", {"model": "./none", "min_similarity": 0.5}, r"filter\.model=\./none: no such f"),
+        ("filter", {"tokenizer": "./none", "query_tokens": [1, 9]}, r"filter\.tokenizer=\./none"),
+        ("validate", {}, r"validate\.base is not set"),
+        ("validate", {"base": "./none"}, r"validate\.base=\./none: no such folder"),
+        ("validate", {"base": "EMPTY"}, r"validate\.base=.*not a model folder"),
+        ("mine", {"sources": ["bm25", "model"]}, r"mine\.model is not set"),
+        ("mine", {"sources": ["run"]}, r"mine\.run is not set"),
+        ("mine", {"sources": ["run"], "run": "none.trec"}, r"mine\.run=none\.trec: no such file"),
+        ("mine", {"model": "none/of/these"}, r"mine\.model=none/of/these: no such folder"),
+        ("mine", {"reranker": "BASE"}, r"mine\.reranker \(.*\) is no cross-encoder"),
+        ("mine", {"corpus": "none.jsonl"}, r"mine\.corpus=none\.jsonl: no such file or folder"),
+        ("score", {}, r"score\.model is not set"),
+        ("score", {"model": "./none"}, r"score\.model=\./none: no such folder"),
+    ],
+)
+def test_what_a_later_stage_lacks_is_said_before_the_first_one_works(
+    config, calls, tmp_path, tiny_base, section, settings, message
+):
+    """It was said after the stages before it: an hour of judges, then "mine.model is not set"."""
+    (tmp_path / "empty").mkdir()
+    known = {"BASE": str(tiny_base), "EMPTY": str(tmp_path / "empty")}
+    settings = {k: known.get(v, v) if isinstance(v, str) else v for k, v in settings.items()}
+    kinds = {"filter": FilterConfig, "validate": ValidateConfig, "score": ScoreConfig, "mine": dict}
+    c = config(stages=["triplets", section], **{section: kinds[section](**settings)})
+    with pytest.raises(ValueError, match=message) as error:
+        prepare.prepare(c, tmp_path / "out")
+    assert "model.base" not in str(error.value)
+    assert calls == [] and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
     ("stages", "read"),
     [
         (["mine"], "out/mine.jsonl"),
@@ -234,6 +278,7 @@ def test_a_corpus_that_mining_would_write_over_is_refused(config, tmp_path, pair
         c = config(stages=["filter", "mine", "triplets"], mine={"corpus": str(corpus)})
         with pytest.raises(ValueError, match=rf"mine\.corpus \(.*\) is what stage {name} would"):
             prepare.prepare(c, tmp_path / "out")
+    (tmp_path / "out/filter.jsonl").unlink(missing_ok=True)  # yet to be written
     earlier = config(stages=["filter", "mine"], mine={"corpus": str(tmp_path / "out/filter.jsonl")})
     assert list(prepare.prepare(earlier, tmp_path / "out")["stages"]) == ["filter", "mine"]
 
