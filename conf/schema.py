@@ -729,6 +729,16 @@ class TrainConfig:
             f"mine.{unread[0] if unread else ''} is not read by train.py, where the model mines by"
             " itself among the training passages (mine_every); mine with prepare.py instead",
         )
+        unread = [
+            f.name
+            for f in fields(self.mine)
+            if getattr(self.mine, f.name) != getattr(MineConfig(), f.name)
+        ]
+        _require(
+            not unread or self.mine_every != 0,
+            f"mine.{unread[0] if unread else ''} is not read without mine_every=<steps>: with 0, no"
+            " negatives are mined while the model is trained",
+        )
         for key in ("random_negatives", "curriculum"):
             value = getattr(self.data, key)
             _require(
@@ -893,9 +903,29 @@ class FilterConfig:
                 f"filter.{key} needs filter.model=<folder, hub id or run>",
             )
         _require(
+            self.model is None
+            or self.min_similarity is not None
+            or self.max_query_similarity is not None,
+            f"filter.model ({self.model}) filters nothing without filter.min_similarity or"
+            " filter.max_query_similarity, a cosine",
+        )
+        _require(
             self.tokenizer is not None or not (self.query_tokens or self.passage_tokens),
             "filter.query_tokens and filter.passage_tokens need filter.tokenizer=<model>",
         )
+        _require(
+            self.tokenizer is None or bool(self.query_tokens or self.passage_tokens),
+            f"filter.tokenizer ({self.tokenizer}) counts nothing without filter.query_tokens or"
+            " filter.passage_tokens, [low, high]",
+        )
+        for key, needed, example in (
+            ("min_script_share", "script", "Latin"), ("min_language_share", "language", "en"),
+        ):  # fmt: skip
+            share = getattr(self, key)
+            _require(
+                getattr(self, needed) is not None or share == getattr(type(self), key),
+                f"filter.{key} ({share}) is not read without filter.{needed}, e.g. {example}",
+            )
         _require(
             self.reranker is not None or self.min_probability == type(self).min_probability,
             f"filter.min_probability ({self.min_probability}) is not read without"

@@ -54,6 +54,11 @@ class Refreshed:
         self.first, self.batches, self.mined_at = batches, batches, 0
         self.every, self.towers, self.c, self.mine = every, towers, c, mine
         self.folder, self.ranks, self.precision = folder, ranks, precision
+        if batches.steps is not None and every >= batches.steps:
+            log.warning(
+                "mine_every (%d) is not below the number of steps (%d): no negatives are mined",
+                every, batches.steps,
+            )  # fmt: skip
 
     def num_examples_until(self, steps: int) -> int:
         return self.first.num_examples_until(steps)

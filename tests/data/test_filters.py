@@ -191,6 +191,10 @@ def test_rules_keep_what_is_on_the_bound_or_allowed(rule, some, settings):
         ({"min_similarity": 0.5}, "filter.min_similarity needs filter.model"),
         ({"query_tokens": [1, 9]}, "need filter.tokenizer"),
         ({"min_probability": 0.5}, r"filter\.min_probability \(0\.5\) is not read"),
+        ({"model": "m"}, r"filter\.model \(m\) filters nothing without filter\.min_similarity"),
+        ({"tokenizer": "m"}, r"filter\.tokenizer \(m\) counts nothing without filter\.query_tok"),
+        ({"min_language_share": 0.9, "script": "Arabic"}, r"share \(0\.9\) .* filter\.language"),
+        ({"min_script_share": 0.9, "language": "fa"}, r"share \(0\.9\) .* filter\.script"),
         ({"language": "de"}, r"filter.language \('de'\) must be one of en, tr, ar, fa"),
     ],
 )

@@ -133,3 +133,24 @@ def test_settings_that_only_prepare_reads_are_refused(setting):
     """Even the name of the run said that a reranker vetoed, and none did."""
     with pytest.raises(ValueError, match=rf"mine\.{next(iter(setting))} is not read by train\.py"):
         TrainConfig(mine=MineConfig(**setting), mine_every=5)
+
+
+@pytest.mark.parametrize("setting", [{"margin": 0.1}, {"num_negatives": 9}, {"fraction": None}])
+def test_settings_of_mining_without_mining_are_refused(setting):
+    """With mine_every=0, the default, they changed the run's folder and nothing else."""
+    message = rf"mine\.{next(iter(setting))} is not read without mine_every=<steps>"
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(mine=MineConfig(**setting))
+    assert TrainConfig(mine=MineConfig(**setting), mine_every=5).mine_every == 5
+
+
+@pytest.mark.parametrize("every, is_said", [(12, True), (11, False)])
+def test_a_run_that_ends_before_it_mines_says_so(opened, tmp_path, caplog, every, is_said):
+    """mine_every counts steps, of which a small set has few."""
+    towers, store, c = opened
+    Refreshed(
+        store.batches(c, 12), every=every, towers=towers, c=c, mine=MINE, folder=tmp_path,
+        ranks=SINGLE,
+    )  # fmt: skip
+    said = "mine_every (12) is not below the number of steps (12): no negatives are mined"
+    assert (said in caplog.text) == is_said
