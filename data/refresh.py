@@ -7,8 +7,10 @@ steps old; here training waits, and the result is that of one process.
 Shapes: E examples, Q queries, N passages of a data set.
 """
 
+import io
 import logging
 from dataclasses import replace
+from hashlib import blake2b
 from itertools import pairwise
 from pathlib import Path
 
@@ -25,6 +27,8 @@ from runtime.distributed import Ranks
 from runtime.run_dir import write_bytes_atomic
 
 log = logging.getLogger(__name__)
+
+DIGEST_BYTES = 16
 
 
 class Refreshed:
@@ -64,7 +68,7 @@ class Refreshed:
         return self.first.num_examples_until(steps)
 
     def batch_at(self, step: int) -> Batch:
-        """Raises ValueError when the file that a resumed run needs is gone."""
+        """Raises ValueError when the file that a resumed run needs is gone or damaged."""
         due = step // self.every * self.every
         if due != self.mined_at:
             path = self.folder / f"step_{due:08d}.npy"
@@ -76,12 +80,19 @@ class Refreshed:
         return self.batches.batch_at(step)
 
     def _mine(self, path: Path, step: int, due: int) -> None:
+        lost = f"{path}: the negatives of step {due} are gone"
         if path.exists():
-            return
+            try:
+                _unpacked(path, self.first.store)
+                return
+            except ValueError as error:
+                lost = str(error)
+                if step == due:
+                    log.warning("%s; they are mined again", lost)
         if step != due:
             raise ValueError(
-                f"{path}: the negatives of step {due} are gone, and so are the weights that mined"
-                " them; start the run anew under another name="
+                f"{lost}, and so are the weights that mined them; start the run anew under another"
+                " name="
             )
         log.info("step %d: mining negatives", step)
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -160,16 +171,29 @@ def with_negatives(store: TrainStore, negatives: list[Ragged]) -> TrainStore:
 
 
 def _packed(negatives: list[Ragged]) -> bytes:
-    """One int64 vector: of each set the offsets, then the values."""
+    """One int64 vector as .npy, of each set the offsets, then the values; a digest of all behind
+    it, where numpy does not look."""
     parts = [part for one in negatives for part in (one.offsets, one.values)]
-    return np.concatenate(parts).astype("<i8").tobytes()
+    file = io.BytesIO()
+    np.save(file, np.concatenate(parts).astype("<i8"))
+    return file.getvalue() + blake2b(file.getvalue(), digest_size=DIGEST_BYTES).digest()
 
 
 def _unpacked(path: Path, store: TrainStore) -> list[Ragged]:
-    flat, at, negatives = np.frombuffer(path.read_bytes(), "<i8"), 0, []
+    """Raises ValueError for a file that is not as it was written, or is of another store."""
+    content = path.read_bytes()
+    payload, digest = content[:-DIGEST_BYTES], content[-DIGEST_BYTES:]
+    if blake2b(payload, digest_size=DIGEST_BYTES).digest() != digest:
+        raise ValueError(f"{path}: the negatives are damaged, or written by another version")
+    flat, at, fits, negatives = np.load(io.BytesIO(payload)), 0, True, []
     for one in store.sets:
         offsets = flat[at : at + len(one.query_E) + 1]
         at += len(offsets)
-        negatives.append(Ragged(offsets, flat[at : at + int(offsets[-1])]))
-        at += int(offsets[-1])
+        values = flat[at : at + int(offsets[-1])] if len(offsets) else offsets
+        at += len(values)
+        fits &= len(offsets) == len(one.query_E) + 1 and offsets[-1] == len(values)
+        fits &= bool(((values >= 0) & (values < len(one.passages))).all())
+        negatives.append(Ragged(offsets, values))
+    if not fits or at != len(flat):
+        raise ValueError(f"{path}: the negatives are of other data")
     return negatives

@@ -2,6 +2,7 @@
 stop."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 from conf.schema import DataConfig, MineConfig, ModelConfig, OptimConfig, SourceConfig, TrainConfig
 from data import refresh
+from data.batches import TrainStore
 from data.datasets import open_data
 from data.refresh import Refreshed, mine_store, pool_of, with_negatives
 from evals.encode import encode
@@ -116,6 +118,39 @@ def test_a_resumed_run_reads_what_was_mined(opened, tmp_path, monkeypatch):
     (tmp_path / "mined/step_00000004.npy").unlink()
     with pytest.raises(ValueError, match="negatives of step 4 are gone"):
         Refreshed(store.batches(c, 12), towers=towers, **options).batch_at(6)
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "value", "header"])
+def test_a_damaged_file_of_negatives_is_never_read(opened, tmp_path, damage):
+    """16 bytes cut from the end were read in silence: examples lost negatives. The step that mines
+    still has the weights for it; a later one has not."""
+    towers, store, c = opened
+    options = {"every": 4, "towers": towers, "c": c, "mine": MINE, "folder": tmp_path / "mined"}
+    batches = Refreshed(store.batches(c, 12), **options, ranks=SINGLE)
+    batches.batch_at(4)
+    path = tmp_path / "mined/step_00000004.npy"
+    content = path.read_bytes()
+    assert np.load(path).dtype == np.int64  # what its name says
+    changed = bytearray(content)
+    changed[{"value": -40, "header": 30}.get(damage, 0)] ^= 1
+    path.write_bytes({"cut": content[:-16], "empty": b""}.get(damage, bytes(changed)))
+    with pytest.raises(ValueError, match=r"step_00000004\.npy: the negatives are damaged.*anew"):
+        Refreshed(store.batches(c, 12), **options, ranks=SINGLE).batch_at(5)
+    Refreshed(store.batches(c, 12), **options, ranks=SINGLE).batch_at(4)
+    assert path.read_bytes() == content
+
+
+def test_a_file_of_negatives_of_other_data_is_never_read(opened, tmp_path):
+    """Numbers of passages that the data do not have, or of other ones."""
+    towers, store, c = opened
+    options = {"every": 4, "towers": towers, "c": c, "mine": MINE, "folder": tmp_path / "mined"}
+    Refreshed(store.batches(c, 12), **options, ranks=SINGLE).batch_at(4)
+    whole = list(store.sets)
+    few = replace(whole[1], passages=whole[1].queries)  # 6 of them
+    for sets in (whole[::-1], whole[:1], [whole[0], few], [*whole, whole[0]]):
+        store = TrainStore(sets)
+        with pytest.raises(ValueError, match=r"npy: the negatives are of other data"):
+            Refreshed(store.batches(c, 12), **options, ranks=SINGLE).batch_at(5)
 
 
 def test_a_store_with_other_negatives_draws_the_same_examples(opened):
