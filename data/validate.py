@@ -2,7 +2,8 @@
 
 Stage `validate` of prepare.py. Rows are parted into folds that share no text; a judge of each fold
 (data/judge.py) is trained on the others, so it never judges a pair, a query or a passage that it
-saw. Pairs below validate.min_probability are dropped.
+saw (folds_of says when it may have seen the passage). Pairs below validate.min_probability are
+dropped.
 
 validate.corrupt says what that is worth: this share of the pairs gets another passage, on record,
 before the judges are trained, and the report says how many good and how many bad pairs were kept.
@@ -132,10 +133,12 @@ def without_negatives(e: Example, keys: set[int]) -> Example:
 
 
 def folds_of(examples: Sequence[Example], num_folds: int, seed: int) -> np.ndarray:
-    """fold_R, the fold of each row: rows that share a query or a positive are in one.
+    """fold_R, the fold of each row: rows that share a query or a positive are in one. No fold is
+    empty.
 
-    Connected rows that are more than a fold's share are parted by query, and the log says so: a
-    judge may then have seen a passage of its pairs, but never a pair.
+    Connected rows that are more than a fold's share are parted by query, and so are those of most
+    queries while there are fewer components than folds. The log says so: a judge may then have seen
+    a passage of its pairs, but never a pair.
     Raises ValueError for fewer distinct queries than folds.
     """
     query_R = np.array([content_hash(e.query) for e in examples])
@@ -148,15 +151,18 @@ def folds_of(examples: Sequence[Example], num_folds: int, seed: int) -> np.ndarr
     row_E, text_E, num_rows = incidences(examples)
     key_R = component_keys(row_E, text_E, num_rows=num_rows)
     _, label_R, size_C = np.unique(key_R, return_inverse=True, return_counts=True)
-    is_large_R = size_C[label_R] > num_rows / num_folds
-    if is_large_R.any():
+    is_parted_R = size_C[label_R] > num_rows / num_folds
+    while len(np.unique(part_R := np.where(is_parted_R, query_R, key_R))) < num_folds:
+        part_U, _ = np.unique(np.stack([part_R, query_R]), axis=1)  # U distinct (part, query)
+        part_C, num_queries_C = np.unique(part_U, return_counts=True)
+        is_parted_R |= key_R == part_C[num_queries_C.argmax()]
+    if is_parted_R.any():
         log.warning(
-            "%d of %d rows hang together by shared texts, which no fold of %d can hold: they are"
-            " parted by query, so that a judge may have seen a passage of a pair, never the pair",
-            is_large_R.sum(), num_rows, num_folds,
+            "%d of %d rows hang together by shared texts, and %d folds cannot hold them whole: they"
+            " are parted by query, so that a judge may have seen a passage of a pair, never the"
+            " pair", is_parted_R.sum(), num_rows, num_folds,
         )  # fmt: skip
-        key_R = np.where(is_large_R, query_R, key_R)
-    key_C, label_R, size_C = np.unique(key_R, return_inverse=True, return_counts=True)
+    key_C, label_R, size_C = np.unique(part_R, return_inverse=True, return_counts=True)
     drawn_C = np.array([hash_bytes(f"{seed}/{key}".encode()) for key in key_C.tolist()])
     fold_C, load = np.zeros(len(key_C), np.int64), np.zeros(num_folds, np.int64)
     for component in np.lexsort((drawn_C, -size_C)).tolist():  # large ones first, to the emptiest
@@ -195,8 +201,9 @@ def corrupted(
 ) -> tuple[list[Example], set[tuple[int, int]]]:
     """The rows with that share of their positives replaced, and which: (row, place).
 
-    The other passage is a positive of the same fold, so that folds still share no text, and none of
-    the query's own. Of the replaced positives neither id, score nor grade is kept.
+    The other passage is a positive of the same fold, so that folds share no more texts than before,
+    and none of the query's own. A row with a replaced positive keeps neither ids, scores nor grades
+    of its positives; the others stay as they are.
     Raises ValueError where the folds have too few passages.
     """
     pairs = pairs_of(examples)
@@ -209,11 +216,12 @@ def corrupted(
             " passage of their fold; use fewer folds"
         )
     others.sort(key=lambda p: hash_bytes(f"{seed}\1{p.query}\0{p.passage}".encode()))
-    result = [
-        replace(e, positives=list(e.positives), positive_ids=None, positive_scores=None,
-                positive_grades=None)
-        for e in examples
-    ]  # fmt: skip
+    result = list(examples)
+    for row in {p.row for p in others[:wanted]}:
+        result[row] = replace(
+            result[row], positives=list(result[row].positives), positive_ids=None,
+            positive_scores=None, positive_grades=None,
+        )  # fmt: skip
     for p in others[:wanted]:
         result[p.row].positives[p.place] = p.passage
     return result, {(p.row, p.place) for p in others[:wanted]}

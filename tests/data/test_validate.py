@@ -91,10 +91,36 @@ def test_one_large_component_is_parted_by_query_and_said(caplog):
         folds_of(examples, 21, seed=0)
 
 
+@pytest.mark.parametrize(
+    ("queries", "passages", "num_folds", "sizes"),
+    [
+        ("AAAAAAABC", "1234567xx", 3, [1, 1, 7]),  # B and C share a passage
+        ("AAAAAAABCD", "1234567xxx", 4, [1, 1, 1, 7]),
+        ("AAAAAAABCDE", "1234567xxyy", 4, [1, 1, 2, 7]),  # one of two pairs is parted
+        ("AAAAAAABCDEF", "1234567xxyyy", 4, [1, 2, 2, 7]),  # of most queries first
+    ],
+)
+def test_no_fold_is_empty(queries, passages, num_folds, sizes, caplog):
+    """One query of most rows, and fewer components than folds: a judge judged nothing."""
+    examples = [
+        Example(q, [p], [], f"f:{n}", "")
+        for n, (q, p) in enumerate(zip(queries, passages, strict=True))
+    ]
+    fold_R = folds_of(examples, num_folds, seed=0)
+    assert sorted(np.bincount(fold_R, minlength=num_folds).tolist()) == sizes
+    assert len(set(fold_R[:7].tolist())) == 1
+    assert "parted by query" in caplog.text
+    order = np.random.default_rng(0).permutation(len(examples))
+    assert (folds_of([examples[i] for i in order], num_folds, seed=0) == fold_R[order]).all()
+
+
 def test_corruption_replaces_the_share_within_the_fold_and_is_on_record():
     """30% of 60 pairs; a replaced passage is of the fold and none of the query's own, so that the
-    folds still share no text; nothing else changes."""
-    examples = examples_of()
+    folds still share no text; nothing else changes, and rows without one stay as they are."""
+    examples = [
+        replace(e, positive_scores=[n / 60], positive_grades=[1.0 + n % 3])
+        for n, e in enumerate(examples_of())
+    ]
     fold_R = folds_of(examples, 3, seed=0)
     changed, bad = corrupted(examples, fold_R, 0.3, seed=0)
     assert len(bad) == 18
@@ -103,10 +129,11 @@ def test_corruption_replaces_the_share_within_the_fold_and_is_on_record():
             assert after.positives != before.positives
             donors = {r for r, e in enumerate(examples) if e.positives == after.positives}
             assert {fold_R[r] for r in donors} == {fold_R[row]}
+            # what is said of another passage would be a lie
+            assert after.positive_ids is after.positive_scores is after.positive_grades is None
         else:
-            assert after.positives == before.positives
+            assert after == before
         assert (after.query, after.negatives) == (before.query, before.negatives)
-        assert after.positive_ids is None  # the id of another passage would be a lie
     assert examples[0].positives == ["passage 0"], "the caller's examples are changed"
 
 
