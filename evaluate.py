@@ -173,6 +173,11 @@ def rerank(c: "EvaluateConfig", bad: "BadRows") -> tuple[dict[str, Any], "dict[s
         raise ValueError(
             f"precision ({c.precision}): a first stage searches at one, candidates need none"
         )
+    if c.first_stage in (None, "data") and c.precision != "fp32":
+        raise ValueError(
+            f"precision ({c.precision}) is of the vectors that a first stage searches; the data's"
+            " candidates are scored one by one: leave it out, or set first_stage="
+        )
     if len(c.dims) > 1:
         raise ValueError(f"dims ({c.dims}): of a retriever that scores candidates one is shown")
     data = read_candidates(c, c.split, bad)
@@ -262,8 +267,8 @@ def fit_fusion(c: "EvaluateConfig", bad: "BadRows") -> dict[str, Any]:
     if c.fuse_weight is not None:
         return found
     remedy = "; or give the model's share yourself, fuse_weight=0.5"
-    if c.split == "dev":
-        raise ValueError(f"split=dev would be judged by a weight chosen on it{remedy}")
+    if is_dev(c):
+        raise ValueError(f"split={c.split} would be judged by a weight chosen on it{remedy}")
     if c.first_stage and kind_of(c.first_stage) == "run":
         raise ValueError(
             f"first_stage={c.first_stage} has the {c.split} queries alone, and the weight of"
@@ -282,6 +287,19 @@ def fit_fusion(c: "EvaluateConfig", bad: "BadRows") -> dict[str, Any]:
 
     found["weight"], found["dev"] = best_weight(scores, others, judge)
     return found
+
+
+def is_dev(c: "EvaluateConfig") -> bool:
+    """Whether c.split is what the data has as dev, by whatever name, or the one file dev.jsonl."""
+    from conf.schema import SourceConfig
+    from data.formats import available_splits, resolve_split
+
+    source = SourceConfig(root=c.data, texts=c.texts, columns=c.columns)
+    try:
+        dev = resolve_split(source, "dev")
+        return not available_splits(source) or resolve_split(source, c.split) == dev
+    except ValueError:  # one of them is not there, which its reader says
+        return False
 
 
 def read_candidates(c: "EvaluateConfig", split: str, bad: "BadRows") -> "RerankSet":
@@ -400,7 +418,7 @@ def rerank_tables(result: Mapping[str, Any]) -> str:
         f" query {by}; an answer is among them for {of['with_answer']:.1%} of the queries\n",
         report.metrics_table(
             metrics, names, intervals=result["ci95"],
-            interval_of=RERANK_NAMES if is_whole else ("ndcg@10",),
+            interval_of=RERANK_NAMES,
         ),
     ]  # fmt: skip
     if result["delta"]:

@@ -159,6 +159,7 @@ def open_task(
     scores = c.loss.learns_scores
     if c.task == "rerank":
         model = build_reranker(c.model).to(device)
+        adopt_prompts(model.spec, c.data)
         data = open_groups(c.data, model.spec, model.tokenizer, seed=c.seed, with_scores=scores)
         return model, data, final_rerank, (model, data)
     model = build_model(c.model, dims=c.loss.dims).to(device)

@@ -164,7 +164,8 @@ class LossConfig:
     hardness: float = 0.0  # added to a negative's score, times its cosine (no gradient)
     debias: float = 0.0  # assumed share of false negatives among the negatives
     teacher: str | None = None  # model whose in-batch similarities are soft labels
-    teacher_temperature: float = 0.05
+    # null: 0.05 for the cosines of loss.teacher, 1 for kind=kl; beside labels it has to be named
+    teacher_temperature: float | None = None
     # share of KL(teacher || model), 1: nothing else; task=rerank: of the data's scores, beside the
     # labels
     teacher_weight: float = 0.0
@@ -180,6 +181,13 @@ class LossConfig:
     @property
     def query_negatives(self) -> bool:
         return "query_query" in self.negatives
+
+    @property
+    def teacher_divisor(self) -> float:
+        """What divides a teacher's scores: teacher_temperature, or its default."""
+        if self.teacher_temperature is not None:
+            return self.teacher_temperature
+        return 1.0 if self.kind in RERANK_LOSSES else 0.05
 
     @property
     def learns_scores(self) -> bool:
@@ -269,7 +277,7 @@ class LossConfig:
             f"loss.teacher_weight ({self.teacher_weight}) must be in [0, 1]",
         )
         _require(
-            self.teacher_temperature > 0,
+            self.teacher_temperature is None or self.teacher_temperature > 0,
             f"loss.teacher_temperature ({self.teacher_temperature}) must be > 0",
         )
         _require(
@@ -343,6 +351,12 @@ class LossConfig:
         self._refuse(keys, f"a contrastive loss, not to loss.kind={self.kind}")
         if self.kind in (*SCORE_LOSSES, "cross_entropy"):
             self._refuse(("teacher_weight",), f"losses of grades, not to loss.kind={self.kind}")
+        _require(
+            not self.teacher_weight or self.teacher_temperature is not None,
+            f"loss.teacher_weight ({self.teacher_weight}) beside labels needs"
+            " loss.teacher_temperature, which depends on the teacher: 1 for a cross-encoder's"
+            " logits, 0.01 to 0.05 for a retriever's cosines",
+        )
         _require(
             self.positive_weight > 0, f"loss.positive_weight ({self.positive_weight}) must be > 0"
         )
@@ -745,9 +759,13 @@ class TrainConfig:
                 is_rerank or not value, f"data.{key} ({value}) is of groups, which task=rerank has"
             )
         _require(all(d > 0 for d in self.dims), f"dims ({self.dims}) must be positive")
+        for key, dims in (("dims", self.dims), ("loss.dims", self.loss.dims)):
+            _require(
+                not (is_rerank and dims), f"{key} ({dims}) are a retriever's; a reranker has none"
+            )
         _require(
-            not (is_rerank and self.loss.dims),
-            f"loss.dims ({self.loss.dims}) are a retriever's; a reranker has none",
+            is_rerank or self.optim.head_lr is None,
+            f"optim.head_lr ({self.optim.head_lr}) is of a reranker's head (task=rerank)",
         )
         _require(
             (self.model.num_labels > 1) == (self.loss.kind == "cross_entropy"),

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterator
 from itertools import chain
+from math import floor
 
 from data.records import (
     BadRows,
@@ -61,13 +62,15 @@ def _is_pair(example: Example) -> bool:
 def rerank_set(groups: Iterator[Example], name: str, bad: BadRows | None = None) -> RerankSet:
     """Groups as a RerankSet: each query's candidates are its positives and negatives.
 
-    Documents and queries are told by the data's ids, those without one by content_hash. Queries
-    without a positive cannot be judged and are left out. Where no query has a negative the
+    Documents and queries are told by the data's ids, those without one by content_hash. A grade
+    that is no whole number becomes the nearest: 0.5 is relevant, 0.4 is not. Queries without a
+    positive cannot be judged and are left out. Where no query has a negative the
     candidates are None: a first stage has to find them among all the documents.
     """
     bad = bad if bad is not None else BadRows()
     docs, queries = _Texts("d", by_id=True), _Texts("q", by_id=True)
     grades: dict[int, dict[int, int]] = {}
+    num_rounded = 0
     for e in groups:
         query = queries.add(e.query, None if e.id == e.where else e.id, e.where, bad)
         side_grades = [e.positive_grades or [1.0] * len(e.positives), [0.0] * len(e.negatives)]
@@ -82,10 +85,16 @@ def rerank_set(groups: Iterator[Example], name: str, bad: BadRows | None = None)
         for text, given, grade in sorted(passages, key=lambda p: content_hash(p[0])):
             doc = docs.add(text, given, e.where, bad)
             if query is not None and doc is not None:
-                whole = max(0, int(grade)) if grade == int(grade) else 1
+                whole = max(0, floor(grade + 0.5))
+                num_rounded += grade != int(grade)
                 judged = grades.setdefault(query, {})
                 judged[doc] = max(whole, judged.get(doc, 0))
     doc_ids, query_ids = docs.ids(), queries.ids()
+    if num_rounded:
+        log.warning(
+            "%s: %d labels are not whole numbers; judged are the nearest: below 0.5 not relevant",
+            name, num_rounded,
+        )  # fmt: skip
     answered = [q for q, judged in grades.items() if any(judged.values())]
     if len(answered) < len(grades):
         log.info("%s: left out %d queries without a positive", name, len(grades) - len(answered))

@@ -1,6 +1,6 @@
 """Scores as probabilities: temperature and shift of a reranker's logits, and how far off they are.
 
-Shapes: P pairs.
+Shapes: P pairs, L labels.
 """
 
 import numpy as np
@@ -58,15 +58,59 @@ def calibration_error(
     if not len(logit_P):
         return 0.0
     prob_P = np.exp(-np.logaddexp(0, -(logit_P / temperature + bias)))
+    return _error_in_bins(is_relevant_P, prob_P)
+
+
+def fit_temperature(logit_PL: np.ndarray, label_P: np.ndarray) -> float:
+    """T in [0.05, 20] for which softmax(logits / T) has the least cross-entropy; 1 without pairs.
+
+    label_P  whole numbers in [0, L)
+    Source: Guo et al. 2017, "On Calibration of Modern Neural Networks", sec. 4.2.
+    """
+    from scipy.optimize import minimize_scalar
+
+    logit_PL, right_P = _checked(logit_PL, label_P)
+    if not len(right_P):
+        return 1.0
+
+    def loss(slope: float) -> float:  # convex in it
+        z_PL = slope * logit_PL
+        return float((np.logaddexp.reduce(z_PL, 1) - z_PL[np.arange(len(z_PL)), right_P]).mean())
+
+    bounds = (1 / MAX_TEMPERATURE, 1 / MIN_TEMPERATURE)
+    return float(1 / minimize_scalar(loss, bounds=bounds, options={"xatol": 1e-8}).x)
+
+
+def label_calibration_error(
+    logit_PL: np.ndarray, label_P: np.ndarray, temperature: float = 1.0
+) -> float:
+    """As calibration_error, of softmax(logits / T): how often the likeliest label is right, against
+    its probability. Source: Guo et al. 2017, eq. 3."""
+    logit_PL, right_P = _checked(logit_PL, label_P)
+    if not len(right_P):
+        return 0.0
+    z_PL = logit_PL / temperature
+    best_P = z_PL.argmax(1)
+    prob_P = np.exp(z_PL.max(1) - np.logaddexp.reduce(z_PL, 1))
+    return _error_in_bins(best_P == right_P, prob_P)
+
+
+def _error_in_bins(is_right_P: np.ndarray, prob_P: np.ndarray) -> float:
     bin_P = np.minimum((prob_P * NUM_BINS).astype(np.int64), NUM_BINS - 1)
-    gaps = np.bincount(bin_P, weights=is_relevant_P - prob_P, minlength=NUM_BINS)
+    gaps = np.bincount(bin_P, weights=is_right_P - prob_P, minlength=NUM_BINS)
     return float(np.abs(gaps).sum() / len(prob_P))
 
 
-def _check(logit_P: np.ndarray, is_relevant_P: np.ndarray) -> None:
-    if logit_P.ndim != 1 or logit_P.shape != is_relevant_P.shape:
+def _checked(logit_PL: np.ndarray, label_P: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    logit_PL, label_P = np.asarray(logit_PL, np.float64), np.asarray(label_P)
+    _check(logit_PL.sum(1), label_P)  # not finite where one of them is not
+    return logit_PL, label_P.astype(np.int64)
+
+
+def _check(logit_P: np.ndarray, label_P: np.ndarray) -> None:
+    if logit_P.ndim != 1 or logit_P.shape != label_P.shape:
         raise ValueError(
-            f"calibration: got logits {logit_P.shape} and labels {is_relevant_P.shape}; want one of"
+            f"calibration: got logits {logit_P.shape} and labels {label_P.shape}; want one of"
             " each a pair"
         )
     if not np.isfinite(logit_P).all():

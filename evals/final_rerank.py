@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from conf.schema import TrainConfig
+from conf.schema import ModelConfig, TrainConfig
 from data.groups import GroupData
 from data.records import RerankSet
 from evals import figures, report
@@ -21,12 +21,15 @@ from evals.calibration import (
     MIN_TEMPERATURE,
     calibration_error,
     fit_calibration,
+    fit_temperature,
+    label_calibration_error,
 )
 from evals.metrics import RERANK_NAMES
 from evals.publish import card_of, costs, means_of, publish
 from evals.rerank import (
     Scores,
     bm25_scores,
+    candidate_logits,
     evaluate_candidates,
     random_scores,
     reranker_scores,
@@ -36,6 +39,7 @@ from evals.significance import bootstrap_ci95
 from models.export_reranker import export_reranker
 from models.pretrained import load_towers
 from models.reranker import Reranker, is_reranker
+from models.towers import Towers
 from runtime.run_dir import write_json_atomic
 from runtime.track import Tracker, read_rows
 
@@ -129,13 +133,12 @@ def write_result(
     for one in sets.values():
         check_spread(one["spread"], is_chance=not _beats(one["delta_of"]["random"]), c=c)
     if not sets:
-        for scores in dev_scores.values():
-            check_spread({"tuned": spread_of(scores)}, is_chance=False, c=c)
+        _check_spread_of_training(c, run_dir, data, dev_scores)
     result: dict = {"name": c.name, "task": c.task, "seed": c.seed}
     result |= sets[first] if first else {"metrics": {}, "delta": {}}
     result |= {"test_set": first, "other_sets": {n: s for n, s in sets.items() if n != first}}
     result |= costs(run_dir, totals) | {"data": data.report}
-    result["calibration"] = _calibrate(reranker, data.dev, dev_scores)
+    result["calibration"] = _calibrate(reranker, data, dev_scores, precision)
 
     export_reranker(reranker, run_dir / "export", card_of(c, result))
     examples = ""
@@ -153,8 +156,11 @@ def write_result(
         tables |= {f"{name}: {of['size']}": table, f"{name}: tuned against the others": against}
         shown[f"{name}: {of['size']}"] = "\n\n".join(report.rerank_tables(*args))
     if fitted := result["calibration"]:
+        share = f"sigmoid(logit / {fitted['temperature']:.3g} {fitted['bias']:+.3g})"
+        if reranker.spec.num_labels > 1:
+            share = f"softmax(logits / {fitted['temperature']:.3g})"
         tables["Calibration"] = (
-            f"sigmoid(logit / {fitted['temperature']:.3g} {fitted['bias']:+.3g}), fitted on"
+            f"{share}, fitted on"
             f" {fitted['pairs']:,} dev pairs"
             " and folded into the last layer of export/: expected calibration error"
             f" {fitted['ece_before']:.3f} before, {fitted['ece_after']:.3f} after."
@@ -239,6 +245,25 @@ def check_spread(spread: Mapping[str, float | None], *, is_chance: bool, c: Trai
     )
 
 
+def _check_spread_of_training(
+    c: TrainConfig, run_dir: Path, data: GroupData, dev_scores: Mapping[str, Scores]
+) -> None:
+    """check_spread of a run without a test set: by dev, against the spread of the first training
+    steps; without dev as well, by that of the last ones."""
+    spreads = [row["spread"] for row in read_rows(run_dir / "metrics.jsonl") if "spread" in row]
+    for name, scores in dev_scores.items():
+        one = data.dev[name]
+        chance, tuned = (_judged(one, s) for s in (random_scores(one.candidates, c.seed), scores))
+        gain = report.compare_values(
+            chance["query_ids"], chance["per_query"], tuned["query_ids"], tuned["per_query"],
+            seed=c.seed,
+        )  # fmt: skip
+        spread = {"tuned": tuned["spread"], "base": spreads[0] if spreads else None}
+        check_spread(spread, is_chance=not _beats(gain), c=c)
+    if not dev_scores and spreads:
+        check_spread({"tuned": spreads[-1]}, is_chance=False, c=c)
+
+
 def _beats(gain: Mapping[str, Mapping]) -> bool:
     return gain["mrr"]["diff"] > 0 and gain["mrr"]["p"] <= 0.05
 
@@ -253,8 +278,8 @@ def _baselines(
         "bm25": bm25_scores(one, one.candidates),
     }
     try:
-        if not is_reranker(c.model.base):
-            towers = load_towers(c.model.base).to(device)
+        if not is_reranker(c.model.base, c.model.revision):
+            towers = _base_as_retriever(c.model).to(device)
             found["retriever"] = retriever_scores(
                 towers, one, one.candidates, precision=precision, progress="base as retriever",
                 prompts=data.prompts.get(one.name, (None, None)),
@@ -262,6 +287,16 @@ def _baselines(
     except ValueError as e:  # the base is an encoder that a reranker can start from, no retriever
         log.warning("no row for %s as a retriever: %s", c.model.base, e)
     return {name: _judged(one, scores) for name, scores in found.items()}
+
+
+def _base_as_retriever(c: ModelConfig) -> Towers:
+    """The encoder that the run started from, whole and untuned, with the run's prompts."""
+    own = ModelConfig(base=c.base, revision=c.revision, adapter=c.adapter)
+    towers = load_towers(c.base, own)
+    for key in ("query_prompt", "passage_prompt"):
+        if (prompt := getattr(c, key)) is not None:
+            setattr(towers.spec, key, prompt)
+    return towers
 
 
 def _set_result(systems: Mapping[str, dict], one: RerankSet, seed: int) -> dict:
@@ -293,16 +328,17 @@ def _set_result(systems: Mapping[str, dict], one: RerankSet, seed: int) -> dict:
 
 
 def _calibrate(
-    reranker: Reranker, dev: Mapping[str, RerankSet], scores: Mapping[str, Scores]
+    reranker: Reranker, data: GroupData, scores: Mapping[str, Scores], precision: str
 ) -> dict | None:
-    """Fit temperature and bias on all dev pairs and set them in the reranker's spec, for export.
-
-    None where there is nothing to fit on: no dev set, or several labels.
+    """Fit temperature and bias on all dev pairs and set them in the reranker's spec, for export;
+    of several labels the temperature alone. None without a dev set.
     """
-    if reranker.spec.num_labels > 1 or not dev:
-        log.info("not calibrated: %s", "no dev set" if not dev else "several labels")
+    if not data.dev:
+        log.info("not calibrated: no dev set")
         return None
-    parts = [_pairs(one, scores[name]) for name, one in dev.items()]
+    if reranker.spec.num_labels > 1:
+        return _calibrate_labels(reranker, data, precision)
+    parts = [_pairs(one, scores[name]) for name, one in data.dev.items()]
     logit_P, grade_P = (np.concatenate(x) for x in zip(*parts, strict=True))
     temperature, bias = fit_calibration(logit_P, grade_P)
     found = {
@@ -317,13 +353,48 @@ def _calibrate(
         " %.3f -> %.3f",
         len(logit_P), temperature, bias, found["ece_before"], found["ece_after"],
     )  # fmt: skip
-    if not MIN_TEMPERATURE * 1.01 < temperature < MAX_TEMPERATURE / 1.01:
-        log.warning(
-            "the temperature is at its bound: the sigmoid of these logits is no probability; use"
-            " the scores to rank"
-        )
+    _warn_at_bounds(temperature, "sigmoid")
     reranker.spec.temperature, reranker.spec.bias = temperature, bias
     return found
+
+
+def _calibrate_labels(reranker: Reranker, data: GroupData, precision: str) -> dict:
+    logits, labels = [], []
+    for name, one in data.dev.items():
+        logit_PL = candidate_logits(
+            reranker, one, one.candidates, precision=precision,
+            prompts=data.prompts.get(name, (None, None)),
+        )  # fmt: skip
+        logits.append(logit_PL)
+        labels += [one.qrels.get(q, {}).get(d, 0) for q, ids in one.candidates.items() for d in ids]
+    logit_PL = np.concatenate(logits)
+    label_P = np.clip(np.array(labels, np.int64), 0, reranker.spec.num_labels - 1)
+    temperature = fit_temperature(logit_PL, label_P)
+    found = {
+        "temperature": temperature,
+        "bias": 0.0,
+        "ece_before": label_calibration_error(logit_PL, label_P),
+        "ece_after": label_calibration_error(logit_PL, label_P, temperature),
+        "pairs": len(label_P),
+    }
+    log.info(
+        "calibration of %d labels on %d dev pairs: temperature %.3g, expected calibration error"
+        " %.3f -> %.3f",
+        reranker.spec.num_labels, len(label_P), temperature, found["ece_before"],
+        found["ece_after"],
+    )  # fmt: skip
+    _warn_at_bounds(temperature, "softmax")
+    reranker.spec.temperature = temperature
+    return found
+
+
+def _warn_at_bounds(temperature: float, what: str) -> None:
+    if not MIN_TEMPERATURE * 1.01 < temperature < MAX_TEMPERATURE / 1.01:
+        log.warning(
+            "the temperature is at its bound: the %s of these logits is no probability; use the"
+            " scores to rank",
+            what,
+        )
 
 
 def _device(reranker: Reranker) -> torch.device:

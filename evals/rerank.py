@@ -1,6 +1,6 @@
 """Candidates of a query put in order: by a cross-encoder, a retriever, or chance; grouped metrics.
 
-Shapes: P pairs, Q queries, K hits a query, N documents, D embedding.
+Shapes: P pairs, L labels, Q queries, K hits a query, N documents, D embedding.
 """
 
 import time
@@ -44,8 +44,10 @@ def score_pairs(
     batch_tokens: int = 0,
     progress: str = "",
     prompts: Prompts = (None, None),
+    logits: bool = False,
 ) -> np.ndarray:
-    """Ranking score of each pair, (P,) float32: the logit, or the expected label of several.
+    """Ranking score of each pair, (P,) float32: the logit, or the expected label of several; with
+    `logits` those of all labels, (P, L).
 
     pairs         (P, 2) numbers of a query and of a passage
     precision     auto (bf16 where the hardware has it) | fp32 | bf16
@@ -58,7 +60,7 @@ def score_pairs(
     """
     pairs_P2 = np.asarray(pairs, np.int64).reshape(-1, 2)
     if not len(pairs_P2):
-        return np.zeros(0, np.float32)
+        return np.zeros((0, reranker.width) if logits else 0, np.float32)
     spec, tokenizer = reranker.spec, reranker.tokenizer
     query_texts, query_P = _sorted_texts(queries, pairs_P2[:, 0])
     passage_texts, passage_P = _sorted_texts(passages, pairs_P2[:, 1])
@@ -77,7 +79,8 @@ def score_pairs(
     autocast = autocast_for(precision, device)
     was_training = reranker.training
     reranker.eval()
-    score_U = np.empty(len(key_U), np.float32)
+    score_U = np.empty((len(key_U), reranker.width) if logits else len(key_U), np.float32)
+    outputs = reranker if logits else reranker.score
     with (
         tqdm(
             total=len(key_U), desc=progress, unit="pair", disable=not progress, leave=False
@@ -91,11 +94,11 @@ def score_pairs(
                               spec.max_length)
                 for u in rows
             ]  # fmt: skip
-            score_U[rows] = reranker.score(pack_pairs(joined, device)).float().cpu().numpy()
+            score_U[rows] = outputs(pack_pairs(joined, device)).float().cpu().numpy()
             bar.update(len(rows))
     reranker.train(was_training)
     if not np.isfinite(score_U).all():
-        bad = int(np.flatnonzero(~np.isfinite(score_U))[0])
+        bad = int(np.argwhere(~np.isfinite(score_U))[0, 0])
         raise ValueError(
             f"the reranker's score of query {query_texts[query_U[bad]][:60]!r} is"
             f" {score_U[bad]}; its weights are broken, or precision={precision} is too narrow"
@@ -124,6 +127,17 @@ def reranker_scores(
         reranker, data.query_texts, data.doc_texts, np.stack([query_P, doc_P], axis=1), **options
     )
     return dict(zip(candidates, np.split(score_P, ends[:-1]), strict=True))
+
+
+def candidate_logits(
+    reranker: Reranker, data: RetrievalSet, candidates: Candidates, **options
+) -> np.ndarray:
+    """(P, L) logits of all labels of every query's candidates, end to end; options as in
+    score_pairs."""
+    query_P, doc_P, _ = _numbered(data, candidates)
+    pairs_P2 = np.stack([query_P, doc_P], axis=1)
+    texts = data.query_texts, data.doc_texts
+    return score_pairs(reranker, *texts, pairs_P2, logits=True, **options)
 
 
 def retriever_scores(
@@ -265,11 +279,12 @@ def latency_ms(
     """
     asked = [query_id for query_id, ids in candidates.items() if len(ids)]
     drawn = np.random.default_rng(seed).permutation(len(asked))[:count]
+    query_P, doc_P, ends = _numbered(data, {asked[at]: candidates[asked[at]] for at in drawn})
+    pairs = np.split(np.stack([query_P, doc_P], axis=1), ends[:-1])
     taken = []
-    for i, at in enumerate([*drawn[:NUM_WARM_UP], *drawn]):
-        one = {asked[at]: candidates[asked[at]]}
+    for i, pairs_K2 in enumerate([*pairs[:NUM_WARM_UP], *pairs] if ends else []):
         began = time.perf_counter()
-        reranker_scores(reranker, data, one, **options)
+        score_pairs(reranker, data.query_texts, data.doc_texts, pairs_K2, **options)
         if i >= min(NUM_WARM_UP, len(drawn)):
             taken.append(1000 * (time.perf_counter() - began))
     return {

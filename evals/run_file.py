@@ -42,7 +42,8 @@ def check_ids(of: Hits | RetrievalSet) -> None:
 
 def read_run(path: Path, data: RetrievalSet, k: int) -> Hits:
     """The k best documents of each query of `data` by a run file, in the total order: score as
-    float32, then id; the rank column is not read, as trec_eval does not read it.
+    float32, then id; the rank column is not read, as trec_eval does not read it. Where ids are
+    shared, a document whose id is the query's own is dropped, as in every other search.
 
     Raises ValueError as read_run_scores does.
     """
@@ -50,6 +51,10 @@ def read_run(path: Path, data: RetrievalSet, k: int) -> Hits:
     place_N = np.argsort(descending_ids(data.doc_ids))
     scores_QK = np.full((len(found), k), -np.inf, np.float32)
     docs_QK = np.full((len(found), k), -1, np.int64)
+    number_of = {d: n for n, d in enumerate(data.doc_ids)} if data.shares_ids else {}
+    num_own = sum(of.pop(number_of.get(q), None) is not None for q, of in found.items())
+    if num_own:
+        log.info("%s: %d queries list themselves, which is left out", path, num_own)
     for row, of in enumerate(found.values()):
         doc_n, score_n = np.array(list(of), np.int64), np.array(list(of.values()), np.float32)
         best_K = np.lexsort((place_N[doc_n], -score_n))[:k]

@@ -28,7 +28,9 @@ def build_loss(
                computes in float32 whatever it is
     """
     if c.kind in RERANK_LOSSES:
-        log.info("loss: %s, temperature %g", c.kind, c.temperature)
+        is_taught = c.kind == "kl" or c.teacher_weight
+        teacher = f", teacher temperature {c.teacher_divisor:g}" if is_taught else ""
+        log.info("loss: %s, temperature %g%s", c.kind, c.temperature, teacher)
         return ScoreDistillation(c, seed) if task == "retrieval" else RerankLoss(c, seed, precision)
     learned = " (learned)" if c.learn_temperature else ""
     way = BACKENDS.get(c.backend, "chunks in torch")

@@ -398,7 +398,7 @@ def _divergence(
 ) -> Tensor:
     """This rank's share of the mean KL(teacher || model) over all candidates, (M,)."""
     own = slice(t.query_offset, t.query_offset + len(q_BD))
-    teacher = Teacher(t.guide_query_AE[own], t.guide_passage_NE, c.teacher_temperature)
+    teacher = Teacher(t.guide_query_AE[own], t.guide_passage_NE, c.teacher_divisor)
     sums = similarity_sums(
         q_BD, p_ND, scale, dims=dims, teacher=teacher, want=("row", "soft"), backend=c.backend
     )

@@ -199,7 +199,8 @@ def _bce(c: LossConfig, z_PL: Tensor, label_P: Tensor) -> Tensor:
 
 
 def _cross_entropy(c: LossConfig, z_PL: Tensor, label_P: Tensor) -> Tensor:
-    if len(label_P) and not (0 <= label_P.min() and label_P.max() < z_PL.shape[1]):
+    is_whole = bool((label_P == label_P.round()).all())
+    if len(label_P) and not (is_whole and 0 <= label_P.min() and label_P.max() < z_PL.shape[1]):
         raise ValueError(
             f"loss.kind=cross_entropy: labels from {label_P.min():g} to {label_P.max():g}, want"
             f" whole numbers in [0, {z_PL.shape[1]}); set model.num_labels"
@@ -268,7 +269,7 @@ def _margin_mse(c: LossConfig, z_P: Tensor, t: GroupTargets, groups: Groups):
 
 
 def _kl(c: LossConfig, z_P: Tensor, t: GroupTargets, groups: Groups):
-    score_P = _scores_of_teacher(t, z_P) / c.teacher_temperature
+    score_P = _scores_of_teacher(t, z_P) / c.teacher_divisor
     scored = score_P.isfinite().nonzero()[:, 0]
     group_n, z_n, score_n = groups.group_P[scored], z_P[scored], score_P[scored]
     log_q_n = z_n - _log_sum_exp(z_n, group_n, groups.num)[group_n]

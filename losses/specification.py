@@ -116,7 +116,7 @@ def _infonce(
     loss = (weight_P * loss_P).sum() / t.num_examples
     if c.teacher_weight:
         teacher_AN = t.guide_query_AE.double() @ t.guide_passage_NE.double().T
-        labels_AN = F.softmax(teacher_AN / c.teacher_temperature, 1)
+        labels_AN = F.softmax(teacher_AN / c.teacher_divisor, 1)
         log_p_AN = F.log_softmax(qp_AN / temperature, 1)
         kl_A = F.kl_div(log_p_AN, labels_AN, reduction="none").sum(1)
         kl = (weight_P * kl_A[of_P]).sum() / t.num_examples

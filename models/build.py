@@ -54,10 +54,17 @@ def build_reranker(c: ModelConfig) -> Reranker:
         f"model.projection.dim={c.projection.dim}": c.projection.dim > 0,
         f"model.projection.init={c.projection.init}": c.projection.init != "random",
         "model.prompt_in_pooling=false": c.prompt_in_pooling is False,
+        "model.normalize=false": not c.normalize,
     }
     for setting, is_set in unfit.items():
         if is_set:
             raise ValueError(f"{setting} has no meaning for a cross-encoder (task=rerank)")
+    for key in ("max_query_length", "max_passage_length"):
+        if c.max_pair_length is None and getattr(c, key) is not None:
+            raise ValueError(
+                f"model.{key} ({getattr(c, key)}) is a retriever's; a cross-encoder (task=rerank)"
+                " has one length, model.max_pair_length: set that"
+            )
     reranker = load_reranker(c.base, c)
     if c.num_layers is not None:
         _keep_layers([reranker], c)

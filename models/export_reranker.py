@@ -190,6 +190,10 @@ def _settings(reranker: Reranker, card: Mapping[str, Any]) -> dict[str, Any]:
         "calibration": _calibration(reranker, card.get("result") or {}),
         "query prompt": repr(spec.query_prompt) if spec.query_prompt else "none",
         "passage prompt": repr(spec.passage_prompt) if spec.passage_prompt else "none",
+        **{
+            f"prompts of {name}": f"{query!r} and {passage!r}"
+            for name, (query, passage) in spec.set_prompts.items()
+        },
         "longest pair": f"{spec.max_length} tokens",
         **card.get("settings", {}),
     }
@@ -227,11 +231,12 @@ def _calibration(reranker: Reranker, result: Mapping[str, Any]) -> str:
     found = result.get("calibration")
     spec = reranker.spec
     folded = f"logit / {spec.temperature:.4g} {spec.bias:+.4g}, in the last layer"
+    what = "sigmoid" if spec.num_labels == 1 else "softmax"
     if not found:
         is_raw = (spec.temperature, spec.bias) == (1, 0)
-        return "none: the sigmoid of a score is no probability" if is_raw else folded
+        return f"none: the {what} of a score is no probability" if is_raw else folded
     return (
-        f"{folded}; expected calibration error of the sigmoid on {found['pairs']} dev pairs"
+        f"{folded}; expected calibration error of the {what} on {found['pairs']} dev pairs"
         f" {found['ece_before']:.3f} before, {found['ece_after']:.3f} after"
     )
 
@@ -264,6 +269,11 @@ def _usage(reranker: Reranker, name: str) -> list[str]:
         lines += [
             f"Put {json.dumps(spec.passage_prompt, ensure_ascii=False)} before every passage, as"
             " above: CrossEncoder has no prompt for passages."
+        ]
+    if spec.set_prompts:
+        lines += [
+            "It was trained and calibrated with the prompts of each data set, in the table above,"
+            " and none of them is added: put those of the nearest set before both texts."
         ]
     if HEADS[spec.head]:
         lines += ["transformers loads it with `AutoModelForSequenceClassification`."]

@@ -4,7 +4,7 @@ Shapes: T tokens of all pairs, S pairs, C hidden width, L labels.
 """
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +106,8 @@ class RerankerSpec:
     bias: float = 0.0  # of one label; several have a temperature alone
     query_prompt: str = ""
     passage_prompt: str = ""
+    # (query, passage) prompt of each data set it was trained on, where they differ
+    set_prompts: dict[str, tuple[str, str]] = field(default_factory=dict)
 
     def probability(self, score_P: np.ndarray) -> np.ndarray:
         """(P,) float64, calibrated, that a passage answers its query, from ranking scores; of
@@ -180,12 +182,12 @@ class Reranker(nn.Module):
         return scaled_SL.softmax(-1)
 
 
-def is_reranker(base: str | Path) -> bool:
-    """Whether a model folder, run directory or hub id holds a cross-encoder.
+def is_reranker(base: str | Path, revision: str | None = None) -> bool:
+    """Whether a model folder, run directory or hub id (at a revision) holds a cross-encoder.
 
     Raises ValueError as resolve_base does when nothing is found.
     """
-    folder = resolve_base(base)
+    folder = resolve_base(base, revision)
     return holds_reranker(folder, read_settings(folder))
 
 

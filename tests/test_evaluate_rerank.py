@@ -274,6 +274,10 @@ def test_a_fusion_that_cannot_be_is_said(beir, labelled, reranker, tmp_path):
     (folder / "dev.jsonl").write_bytes((labelled / "test.jsonl").read_bytes())
     with pytest.raises(ValueError, match="split=dev would be judged by a weight chosen on it"):
         evaluate.run(config(reranker, folder, split="dev", fuse="bm25", **texts))
+    with pytest.raises(ValueError, match="split=validation would be judged by a weight chosen"):
+        evaluate.run(config(reranker, folder, split="validation", fuse="bm25", **texts))
+    with pytest.raises(ValueError, match="would be judged by a weight chosen on it"):
+        evaluate.run(config(reranker, folder / "dev.jsonl", fuse="bm25", **texts))
     with pytest.raises(ValueError, match="has no score for every candidate"):
         (tmp_path / "a.trec").write_text("q0 Q0 d0 1 1.0 x\n")
         evaluate.run(config(reranker, labelled, fuse=str(tmp_path / "a.trec"), **texts))
@@ -292,6 +296,8 @@ def test_what_does_not_go_together_is_said(beir, labelled, reranker, tiny_base, 
         evaluate.run(config(reranker, beir, first_stage="random"))
     with pytest.raises(ValueError, match=r"is a cross-encoder.* also="):
         evaluate.run(config(tiny_base, beir, against=str(reranker)))
+    with pytest.raises(ValueError, match=r"precision \(int8\) is of the vectors that a"):
+        evaluate.run(config(reranker, labelled, texts=str(beir), precision="int8"))
     with pytest.raises(ValueError, match=r"compares retrievers; put it in also="):
         evaluate.run(config(reranker, labelled, texts=str(beir), against="bm25"))
     with pytest.raises(ValueError, match=r"eval\.json is a file, which has no score"):

@@ -12,6 +12,7 @@ import torch
 import train as program
 from conf.schema import (
     DataConfig,
+    LossConfig,
     ModelConfig,
     OptimConfig,
     RuntimeConfig,
@@ -22,6 +23,7 @@ from conf.schema import (
 from evals import final
 from evals.retrieval import encode_sets, score
 from models.pretrained import load_towers
+from models.reranker import load_reranker
 from runtime.clock import Clock
 from runtime.run_dir import check_same_data
 from runtime.track import read_rows
@@ -95,6 +97,30 @@ def test_differing_prompts_of_data_sets_are_exported_by_name(config, tmp_path):
     }  # fmt: skip
     card = (export / "README.md").read_text()
     assert "| prompts of a | 'a: ' and '' |" in card and 'prompt_name="a-query"' in card
+
+
+def rerank_config(config: TrainConfig, tmp_path, **sets) -> TrainConfig:
+    """The same, of a reranker; sets: name -> settings of a data set."""
+    loss = LossConfig(kind="softmax", temperature=1.0)
+    model = ModelConfig(base=config.model.base, max_pair_length=64)
+    data = replace(config.data, random_negatives=3)
+    if sets:
+        root, data.root = data.root, None
+        data.sets = {name: SourceConfig(root=root, **keys) for name, keys in sets.items()}
+    return replace(config, task="rerank", loss=loss, model=model, data=data)
+
+
+def test_a_reranker_s_export_has_the_prompts_of_its_data(config, tmp_path):
+    """It is calibrated with them; a folder without them would score other texts."""
+    c = rerank_config(config, tmp_path)
+    c.data.query_prompt, c.data.passage_prompt = "find this: ", "text: "
+    run(c, tmp_path / "run")
+    spec = load_reranker(str(tmp_path / "run" / "export")).spec
+    assert (spec.query_prompt, spec.passage_prompt) == ("find this: ", "text: ")
+    c = rerank_config(config, tmp_path, a={"query_prompt": "a: "}, b={"query_prompt": "b: "})
+    run(c, tmp_path / "sets")
+    card = (tmp_path / "sets" / "export" / "README.md").read_text()
+    assert "| prompts of a | 'a: ' and '' |" in card and "put those of the nearest set" in card
 
 
 def test_a_run_goes_on_with_its_own_data_only(config, tmp_path):

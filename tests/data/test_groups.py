@@ -403,6 +403,13 @@ def test_pairs_are_cut_as_the_tokenizer_cuts_them(tmp_path):
     assert sorted((i.tolist(), t.tolist()) for i, t in found) == sorted(
         (e.ids, e.type_ids) for e in encoded
     )
+    for key, wrong in (
+        ("max_train_length", 29),
+        ("curriculum", [StageConfig(steps=1), StageConfig(steps=1, max_train_length=20)]),
+    ):
+        other = dataclasses.replace(c, **{key: wrong})
+        with pytest.raises(ValueError, match=rf"data\.{key}.* must be > 29: prompts and special"):
+            open_groups(other, spec(query_prompt="ask: ", max_length=44), letters())
     c.max_train_length = 40
     short = open_groups(c, spec(max_length=44), letters())
     assert max(map(len, batches(short, c, batch_size=60).batch_at(0).pair_tokens)) == 40

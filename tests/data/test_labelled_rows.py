@@ -353,6 +353,20 @@ def test_the_order_of_candidates_says_nothing_about_labels(tmp_path):
     assert other.candidates == one.candidates and other.doc_texts == one.doc_texts
 
 
+def test_a_label_between_whole_ones_is_judged_as_the_nearest(tmp_path, caplog):
+    """Soft labels of .05 and .95 are not two relevant passages."""
+    rows = [
+        {"query": "q", "passage": f"text {label}", "label": label}
+        for label in (0.05, 0.4, 0.5, 0.95, 1.6, 0)
+    ]
+    one = read_rerank_set(SourceConfig(root=str(write(tmp_path / "a.jsonl", rows))), None)
+    text = dict(zip(one.doc_ids, one.doc_texts, strict=True))
+    (judged,) = one.qrels.values()
+    assert {text[d]: g for d, g in judged.items()} == {"text 0.5": 1, "text 0.95": 1, "text 1.6": 2}
+    assert len(one.candidates[one.query_ids[0]]) == 6
+    assert "5 labels are not whole numbers" in caplog.text
+
+
 def test_rows_of_a_query_need_not_be_neighbours(tmp_path):
     rows = list(ROWS)
     random.Random(1).shuffle(rows)

@@ -6,7 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from evals.calibration import calibration_error, fit_calibration
+from evals.calibration import (
+    calibration_error,
+    fit_calibration,
+    fit_temperature,
+    label_calibration_error,
+)
 
 
 def drawn(
@@ -98,3 +103,43 @@ def test_the_fit_lowers_the_error_of_overconfident_logits():
     logit, label = drawn(8.0, -1.0, seed=4)
     assert calibration_error(logit, label) > 0.1
     assert calibration_error(logit, label, *fitted) < 0.02
+
+
+def drawn_labels(temperature: float, n: int = 20_000) -> tuple[np.ndarray, np.ndarray]:
+    """Logits of three labels for which softmax(logits / temperature) is right."""
+    rng = np.random.default_rng(0)
+    right_PL = rng.normal(0, 2, (n, 3))
+    label_P = (right_PL + rng.gumbel(size=(n, 3))).argmax(1)  # Gumbel-max: a draw by softmax
+    return right_PL * temperature, label_P
+
+
+@pytest.mark.parametrize("temperature", [0.1, 1.0, 12.0])
+def test_the_temperature_of_several_labels_is_that_which_made_the_data(temperature):
+    logit_PL, label_P = drawn_labels(temperature)
+    found = fit_temperature(logit_PL, label_P)
+    assert found == pytest.approx(temperature, rel=0.05)
+    slope = torch.tensor(1.0, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([slope], max_iter=200, line_search_fn="strong_wolfe")
+    x, y = torch.tensor(logit_PL) / temperature, torch.tensor(label_P)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = torch.nn.functional.cross_entropy(x * slope, y)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    assert found == pytest.approx(temperature / slope.item(), rel=1e-4)
+    assert label_calibration_error(logit_PL, label_P, found) < 0.015
+
+
+def test_the_error_of_several_labels_by_hand():
+    """Both pairs say .7311 for label 1 and one is right; T=1e9 says a half for either."""
+    logit_PL, label_P = np.array([[0.0, 1.0], [0.0, 1.0]]), np.array([1, 0])
+    assert label_calibration_error(logit_PL, label_P) == pytest.approx(0.7310586 - 0.5)
+    assert label_calibration_error(logit_PL, label_P, 1e9) == pytest.approx(0, abs=1e-8)
+    assert fit_temperature(np.zeros((0, 2)), np.zeros(0)) == 1.0
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        fit_temperature(np.array([[0.0, -np.inf]]), np.array([0]))
+    with pytest.raises(ValueError, match="want one of each a pair"):
+        fit_temperature(logit_PL, np.array([1]))

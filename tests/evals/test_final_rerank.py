@@ -12,7 +12,8 @@ from data.groups import GroupData
 from data.records import RerankSet
 from evals import final_rerank
 from evals.final_rerank import check_dev, check_spread, evaluate_base, evaluate_dev, write_result
-from evals.rerank import reranker_scores
+from evals.rerank import candidate_logits, reranker_scores, retriever_scores
+from models.pretrained import load_towers
 from models.reranker import load_reranker
 
 WORDS = "red blue fish stone fox pear whale cloud river apple".split()
@@ -190,6 +191,58 @@ def test_collapse_is_told_from_small_scores(tiny_base):
     ):
         with pytest.raises(ValueError, match="has collapsed"):
             check_spread(spread, is_chance=is_chance, c=c)
+
+
+def test_collapse_is_seen_without_a_test_set(tiny_base, tmp_path):
+    """By dev, whose order is chance and whose scores differ far less than at the first step; and
+    without dev by what the last step logged."""
+    c = config(tiny_base)
+    c.examples_shown = 0
+    reranker = load_reranker(tiny_base)
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"step": 10, "spread": 2.0}\n{"step": 20, "spread": 1e-9}\n'
+    )
+    dev = {"dev": groups("dev", 10)}
+    scores = reranker_scores(reranker, dev["dev"], dev["dev"].candidates)
+    assert final_rerank.NO_SPREAD < final_rerank.spread_of(scores) < 0.2
+    for sets in ({"dev": dev}, {}):
+        args = (c, tmp_path, reranker, some_data(**sets), {}, Track(), dict(TOTALS))
+        with pytest.raises(ValueError, match="has collapsed"):
+            write_result(*args, precision="fp32")
+        assert not (tmp_path / "export").exists()
+
+
+def test_several_labels_are_calibrated_by_a_temperature(tiny_base, tmp_path):
+    """The export gives logits / T: softmax of them has the least cross-entropy on dev."""
+    c = config(tiny_base)
+    c.model.num_labels, c.examples_shown = 2, 0
+    reranker = spread_out(load_reranker(tiny_base, c.model), 3.0)
+    dev = groups("dev", 20)
+    data = some_data(dev={"dev": dev}, test={"test": groups("test", 10, seed=1)})
+    base = evaluate_base(reranker, data, tmp_path, precision="fp32")
+    (tmp_path / "metrics.jsonl").write_text("")
+    before = candidate_logits(reranker, dev, dev.candidates)
+    write_result(c, tmp_path, reranker, data, base, Track(), dict(TOTALS), precision="fp32")
+    fitted = json.loads((tmp_path / "result.json").read_text())["calibration"]
+    after = candidate_logits(load_reranker(tmp_path / "export"), dev, dev.candidates)
+    assert fitted["temperature"] != 1.0 and fitted["bias"] == 0.0 and fitted["pairs"] == 120
+    np.testing.assert_allclose(after, before / fitted["temperature"], rtol=1e-4, atol=1e-5)
+    assert "of the softmax on 120 dev pairs" in (tmp_path / "export/README.md").read_text()
+    assert "softmax(logits /" in (tmp_path / "report.md").read_text()
+
+
+def test_the_row_of_the_base_as_a_retriever_has_the_prompts_of_the_run(tiny_base, tmp_path):
+    """What a reranker must beat is its base at its best: read as the run's settings say."""
+    c, one = config(tiny_base), groups("test", 10)
+    c.model.query_prompt, c.model.passage_prompt = "red ", "whale "
+    data = some_data(test={"test": one})
+    row = final_rerank._baselines(c, data, one, "fp32", torch.device("cpu"))["retriever"]
+    towers = load_towers(tiny_base)
+    prompts = ("red ", "whale ")
+    expected = retriever_scores(towers, one, one.candidates, precision="fp32", prompts=prompts)
+    assert row == final_rerank._judged(one, expected)
+    plain = retriever_scores(towers, one, one.candidates, precision="fp32")
+    assert row["scores"] != final_rerank._judged(one, plain)["scores"]
 
 
 def test_evaluation_that_cannot_be_had_is_refused_before_training(tiny_base):

@@ -1,6 +1,7 @@
 """Scores of pairs, candidates in order, reranked hits; metrics against two other libraries."""
 
 import logging
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -19,7 +20,6 @@ from evals.rerank import (
     latency_ms,
     random_scores,
     rerank_hits,
-    reranker_scores,
     retriever_scores,
     score_pairs,
 )
@@ -314,13 +314,18 @@ def test_a_random_order_follows_seed_and_ids_alone():
 def test_latency_is_of_single_queries(reranker, monkeypatch):
     """A batch of all queries divided by their number says nothing about one user's wait."""
     data, _ = sample(12)
-    asked = []
-    monkeypatch.setattr(
-        rerank, "reranker_scores",
-        lambda r, d, candidates, **o: asked.append(candidates) or reranker_scores(r, d, candidates),
-    )  # fmt: skip
+    asked, scored = [], rerank.score_pairs
+
+    def score_pairs(model, queries, passages, pairs, **options):
+        asked.append(pairs)
+        return scored(model, queries, passages, pairs, **options)
+
+    monkeypatch.setattr(rerank, "score_pairs", score_pairs)
     found = latency_ms(reranker, data, data.candidates, count=5)
-    assert found["queries"] == 5 and len(asked) == 7 and all(len(one) == 1 for one in asked)
+    assert found["queries"] == 5 and len(asked) == 7
+    of = [{data.query_ids[q]: [data.doc_ids[n] for n in pairs[:, 1]]} for pairs in asked for q in
+          {int(q) for q in pairs[:, 0]}]  # fmt: skip
+    assert len(of) == 7 and all(one.items() <= data.candidates.items() for one in of)
     assert 0 < found["median_ms"] <= found["p90_ms"]
     assert latency_ms(reranker, data, {"q1": []}, count=5)["queries"] == 0
     single = latency_ms(reranker, data, {"q1": data.candidates["q1"]}, count=5)
@@ -342,6 +347,17 @@ def test_a_run_file_is_read_in_the_total_order(tmp_path, caplog):
         hits = read_run(path, data, 2)
     assert hits.ids_by_query() == {"q0": ["d1"], "q1": ["d4", "d3"], "q2": []}
     assert "1 of its queries are not in the data; 1 queries of the data have no line" in caplog.text
+
+
+def test_a_run_file_s_own_query_is_no_hit(tmp_path):
+    """As in every other search of a BEIR folder, where one id is one text on both sides."""
+    data, _ = sample(3, 5)
+    data.doc_ids[3] = "q1"
+    path = tmp_path / "some.run"
+    path.write_text("q1 Q0 q1 1 9 x\nq1 Q0 d0 2 1 x\nq0 Q0 q1 1 5 x\nq2 Q0 d4 1 1 x\n")
+    assert read_run(path, data, 2).ids_by_query()["q1"] == ["q1", "d0"]
+    data = replace(data, shares_ids=True)
+    assert read_run(path, data, 2).ids_by_query() == {"q0": ["q1"], "q1": ["d0"], "q2": ["d4"]}
 
 
 @pytest.mark.parametrize(

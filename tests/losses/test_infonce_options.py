@@ -86,7 +86,7 @@ def of_dim(c: LossConfig, q: Tensor, p: Tensor, t: Targets, temperature: Tensor)
         rows, columns = loss_of(q[b] @ p[j], row), loss_of(q[b] @ p[j], column)
         pair = (1 - c.symmetric) * rows + c.symmetric * columns
         if c.teacher_weight:
-            teacher = torch.softmax(gq[b] @ gp.T / c.teacher_temperature, 0)
+            teacher = torch.softmax(gq[b] @ gp.T / c.teacher_divisor, 0)
             model = torch.log_softmax(q[b] @ p.T / temperature, 0)
             kl = (teacher * (teacher.log() - model)).sum()
             pair = (1 - c.teacher_weight) * pair + c.teacher_weight * kl

@@ -174,6 +174,14 @@ def test_no_answer_with_several_positives_is_their_mean():
     assert loss.item() == pytest.approx(expected, rel=1e-12)
 
 
+def test_a_teacher_beside_the_labels_needs_its_temperature():
+    """No default is right for a cross-encoder's logits and a retriever's cosines."""
+    with pytest.raises(ValueError, match=r"needs loss\.teacher_temperature.* 1 for a cross-enc"):
+        dataclasses.replace(config("softmax"), teacher_weight=0.3)
+    assert LossConfig(kind="kl").teacher_divisor == 1.0
+    assert LossConfig(teacher="m", teacher_weight=1.0).teacher_divisor == 0.05
+
+
 @pytest.mark.parametrize("kind", ["kl", "margin_mse", "cross_entropy"])
 def test_a_loss_without_grades_has_no_share_to_give(kind):
     with pytest.raises(ValueError, match=rf"teacher_weight \(0\.3\) belongs .* loss\.kind={kind}"):

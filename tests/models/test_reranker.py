@@ -384,6 +384,8 @@ def test_settings_reach_the_model_and_unfit_ones_are_errors_that_name_them(tmp_p
     check("model.towers=dual has no meaning", towers="dual")
     check("model.projection.dim=4 has no meaning", projection=ProjectionConfig(dim=4))
     check("model.prompt_in_pooling=false has no meaning", prompt_in_pooling=False)
+    check("model.normalize=false has no meaning", normalize=False)
+    check(r"max_passage_length \(9\) is a retriever's.*max_pair_length", max_passage_length=9)
     check("model.freeze=query_tower needs", freeze=["query_tower"])
     check(r"model\.freeze=layers:4: .* has 3 layers", freeze=["layers:4"])
     check(r"model\.num_layers \(4\) must be <= 3", num_layers=4)
