@@ -31,10 +31,10 @@ from data.near import shingle_set, similarity
 from data.pool import Pool, read_pool
 from data.records import content_hash
 from data.rows import write_rows
+from data.stages import check_stage
 from data.teacher import Encoder
 from data.veto import Veto
 from models.pretrained import resolve_base
-from models.reranker import check_judges
 from runtime.device import keep_freed_memory, pick_device
 
 log = logging.getLogger(__name__)
@@ -276,16 +276,9 @@ def mine_file(c: PrepareConfig, source: Path, target: Path) -> dict[str, Any]:
     Raises ValueError for settings that do not fit together and for anything wrong with the data,
     the models or the run file.
     """
-    for name, example in (("model", "a run directory, folder or hub id"), ("run", "a TREC run")):
-        if name in c.mine.sources and not getattr(c.mine, name):
-            raise ValueError(
-                f"mine.sources ({c.mine.sources}) has {name}, and mine.{name} is not set: name"
-                f" {example}, or use other sources, e.g. 'mine.sources=[bm25]'"
-            )
+    check_stage(c, "mine")
     keep_freed_memory()
     device, cache_dir = pick_device(c.device), Path(c.cache_dir)
-    if c.mine.reranker is not None:
-        check_judges(c.mine.reranker, "mine.reranker", ", or mine.model for a retriever")
     pool = read_pool(c, source)
     sources, judge, digests = _open_sources(c, pool, device, cache_dir)
     veto = None

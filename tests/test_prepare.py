@@ -14,8 +14,6 @@ import pytest
 import torch
 
 import prepare
-from conf.schema import MineConfig, PrepareConfig, SourceConfig
-from data.formats import read_examples, read_groups, read_retrieval_set
 from conf.schema import (
     FilterConfig,
     MineConfig,
@@ -24,7 +22,7 @@ from conf.schema import (
     SourceConfig,
     ValidateConfig,
 )
-from data.formats import read_examples
+from data.formats import read_examples, read_groups, read_retrieval_set
 from data.stages import report_text
 from models.reranker import load_reranker
 
