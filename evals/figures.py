@@ -121,11 +121,13 @@ def plot_dims(
         mean = np.array([np.mean(v) for _, v in points])
         intervals = bootstrap_ci95({str(dim): v for dim, v in points})
         low, high = np.array([intervals[str(dim)] for dim, _ in points]).T
+        # of equal values, a resample's mean may differ from theirs in the last bit, to either side
+        spread = np.maximum([mean - low, high - mean], 0)
         # a little beside each other, so that intervals of two systems do not cover one another
         at = np.array([dim for dim, _ in points]) * 1.02 ** (i - (len(models) - 1) / 2)
         colour = _COLOURS.get(name, _OTHER_COLOURS[i % len(_OTHER_COLOURS)])
         axis.errorbar(
-            at, mean, yerr=[mean - low, high - mean], color=colour, marker="o", markersize=4.5,
+            at, mean, yerr=spread, color=colour, marker="o", markersize=4.5,
             linewidth=1.8, elinewidth=1.2, capsize=3, label=label_of(name),
         )  # fmt: skip
     if "bm25" in values:

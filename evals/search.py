@@ -86,8 +86,15 @@ class StoredDocs:
     """
 
     def __init__(
-        self, p_ND: Tensor, order_N: np.ndarray, dim: int, precision: str, block: int
+        self,
+        p_ND: Tensor,
+        order_N: np.ndarray,
+        dim: int,
+        precision: str,
+        block: int,
+        ids: Sequence[str] | None = None,
     ) -> None:
+        self.ids = ids  # in the order of p_ND, to name a broken vector
         self.p_ND, self.dim, self.precision, self.block = p_ND, dim, precision, block
         self.order_N = torch.from_numpy(order_N).to(p_ND.device)
         self.codes_ND: Tensor | None = None  # in descending-id order; fp32 needs no copy
@@ -104,7 +111,13 @@ class StoredDocs:
     def _floats(self) -> Iterator[tuple[int, Tensor]]:
         for low in range(0, len(self.order_N), self.block):
             rows_M = self.order_N[low : low + self.block]
-            yield low, truncate(self.p_ND[rows_M].float(), self.dim)
+            found_MD = self.p_ND[rows_M].float()
+            # here, not on decoded codes: those hide it, and one NaN is in every scale of int8
+            rows = rows_M.tolist()
+            _reject_nonfinite(
+                found_MD, "document", [self.ids[n] for n in rows] if self.ids else rows
+            )
+            yield low, truncate(found_MD, self.dim)
 
     def _code(self, x_MD: Tensor) -> Tensor:
         if self.precision == "bf16":
@@ -257,7 +270,7 @@ def search(
     best_QK = torch.full((num_queries, k), -torch.inf)
     place_QK = torch.full((num_queries, k), -1, dtype=torch.int64)
     with _full_float32():
-        stored = StoredDocs(p_ND, order_N, dim, precision, block)
+        stored = StoredDocs(p_ND, order_N, dim, precision, block, doc_ids)
         for doc_low, found_MD in stored.blocks():
             size = len(found_MD)
             ids = [doc_ids[n] for n in order_N[doc_low : doc_low + size].tolist()]

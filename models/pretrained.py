@@ -610,6 +610,18 @@ ACTIVATION_CLASSES = {  # last part of their class path -> ours
     "GELU": "gelu",
     "ReLU": "relu",
 }
+# Options that sentence-transformers hands to transformers, old name -> new, and those of them that
+# change no embedding here: read below, or about types and speed.
+_LOADING_OPTIONS = {
+    "config_args": "config_kwargs",
+    "model_args": "model_kwargs",
+    "tokenizer_args": "processor_kwargs",
+}
+_WITHOUT_EFFECT = {
+    "model_max_length", "torch_dtype", "dtype", "attn_implementation", "add_pooling_layer",
+    "low_cpu_mem_usage", "use_safetensors", "device_map", "use_fast", "trust_remote_code",
+    "padding_side",
+}  # fmt: skip
 _TRANSFORMER_CONFIGS = [
     f"sentence_{kind}_config.json"
     for kind in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
@@ -764,9 +776,17 @@ def read_transformer_config(
                 f"{where}: {key} = {config[key]!r} is not supported;"
                 f" supported: plain text to {output}"
             )
+    options = {new: config.get(old, config.get(new)) or {} for old, new in _LOADING_OPTIONS.items()}
+    for name, given in options.items():
+        if odd := sorted(given.keys() - _WITHOUT_EFFECT):
+            raise ValueError(
+                f"{where}: {name} with {odd[0]} = {given[odd[0]]!r} is not supported: embeddings"
+                " may depend on it; take the key out where you know that they do not"
+            )
     plan.lowercase = bool(config.get("do_lower_case", False))
-    tokenizer_kwargs = config.get("processor_kwargs") or config.get("tokenizer_args") or {}
-    plan.max_length = config.get("max_seq_length") or tokenizer_kwargs.get("model_max_length")
+    # as sentence-transformers has it: the tokenizer's own length before the module's
+    own_length = options["processor_kwargs"].get("model_max_length")
+    plan.max_length = own_length or config.get("max_seq_length")
     plan.max_query_length, plan.max_passage_length = (
         config.get("query_length"),
         config.get("document_length"),
@@ -840,6 +860,12 @@ def load_transformer(
     """Encoder and tokenizer of a plan; options and head as for load_encoder."""
     tokenizer = load_tokenizer(plan.transformer, lowercase=plan.lowercase)
     encoder, source = load_encoder(plan.transformer, name=name, head=head, **options)
+    if source.tokenizer_config.get("truncation_side") == "left":
+        log.warning(
+            "%s: its tokenizer cuts long texts at their start (truncation_side), here and in an"
+            " export they are cut at their end",
+            plan.transformer,
+        )
     vocab = source.config.get("vocab_size")
     if vocab is not None and tokenizer.get_vocab_size() > vocab:
         raise ValueError(
@@ -925,7 +951,13 @@ def load_towers(base: str | Path, c: ModelConfig | None = None) -> Towers:
         raise ValueError(
             f"{folder}: include_prompt of Pooling differs between the routes; want one value"
         )
-    if settings.get("similarity_fn_name") != "dot":
+    similarity = settings.get("similarity_fn_name") or "cosine"
+    if similarity not in ("cosine", "dot"):
+        raise ValueError(
+            f"{folder}: similarity_fn_name is {similarity!r}; supported are cosine and dot (edit"
+            " config_sentence_transformers.json to search by one of them)"
+        )
+    if similarity != "dot":
         if not all(plan.normalize for plan in plans.values()):
             log.info("%s: no Normalize module; embeddings are normalised here", folder)
         for plan in plans.values():

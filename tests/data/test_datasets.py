@@ -4,6 +4,7 @@ import json
 import logging
 import shutil
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -347,6 +348,9 @@ def test_python_sources_give_both_test_sets(tmp_path):
         path.write_text(source)
     data = open_some(tmp_path, format="pydocs", root=str(tmp_path / "code"))
     assert list(data.test) == ["test", "test-all"] and list(data.dev) == ["dev"]
+    assert list(data.compared) == ["test"]
+    named = replace(data, test={"latest-all": data.test["test"], "test-all": data.test["test"]})
+    assert list(named.compared) == ["latest-all", "test-all"]  # a user's sets
     small, large = data.test.values()
     assert (
         len(large.doc_ids)

@@ -46,6 +46,12 @@ def made(folder) -> list:
     ]
 
 
+def test_equal_values_have_no_interval_below_nothing(tmp_path):
+    """Eleven queries whose answer is at rank 10: a resample's mean is above theirs by a bit."""
+    values = {"base": {"8": [1 / np.log2(11)] * 11}, "tuned": {"8": [1 / np.log2(11)] * 12}}
+    assert figures.plot_dims(values, tmp_path / "dims.png").is_file()
+
+
 @pytest.mark.slow
 def test_figures_are_png_and_the_same_numbers_give_the_same_bytes(tmp_path):
     """A report that is made again must not look changed to git; pyplot's state must not leak in."""

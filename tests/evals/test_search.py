@@ -229,8 +229,9 @@ def test_errors_say_what_is_wrong():
         search(p[:1], p, ids, asked, k=1, precision="fp8")
     broken = p.copy()
     broken[1, 2] = np.nan
-    with pytest.raises(ValueError, match="document 'b' holds NaN"):
-        search(p[:1], broken, ids, asked, k=1)
+    for precision in PRECISIONS:
+        with pytest.raises(ValueError, match=r"document 'b' holds NaN or infinity \(1 such"):
+            search(p[:1], broken, ids, asked, k=1, precision=precision)
     with pytest.raises(ValueError, match="query 'q' holds NaN"):
         search(broken[1:2], p, ids, asked, k=1)
 

@@ -634,3 +634,58 @@ def test_reading_a_model_leaves_the_compiler_alone(tiny_base):
     root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", code, str(tiny_base)], cwd=root)
     assert done.returncode == 0
+
+
+def sentence_folder(folder: Path, options: dict) -> Path:
+    """A BERT folder with mean pooling of sentence-transformers, and its own settings."""
+    folder = save_model(folder / "m", "bert")
+    old = "sentence_transformers.models."
+    names = [("Transformer", ""), ("Pooling", "1_Pooling")]
+    entries = [
+        {"idx": i, "name": str(i), "path": p, "type": old + k} for i, (k, p) in enumerate(names)
+    ]
+    (folder / "modules.json").write_text(json.dumps(entries))
+    (folder / "1_Pooling").mkdir()
+    pooling = {"pooling_mode_mean_tokens": True, "word_embedding_dimension": 24}
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
+    (folder / "sentence_bert_config.json").write_text(json.dumps(options))
+    (folder / "config_sentence_transformers.json").write_text("{}")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("config_kwargs", {"is_causal": False}, "config_kwargs with is_causal = False is not supp"),
+        ("model_args", {"rope_scaling": 2}, "model_kwargs with rope_scaling = 2 is not supported"),
+        ("tokenizer_args", {"truncation_side": "left"}, "processor_kwargs with truncation_side"),
+    ],
+)
+def test_options_that_change_embeddings_are_not_passed_over(tmp_path, name, options, message):
+    folder = sentence_folder(tmp_path, {"max_seq_length": 9, name: options})
+    with pytest.raises(ValueError, match=message):
+        load_towers(folder)
+
+
+def test_options_without_effect_are_read_as_sentence_transformers_reads_them(tmp_path, caplog):
+    """The tokenizer's own length goes before the module's."""
+    pytest.importorskip("sentence_transformers", reason="sentence-transformers is missing")
+    from sentence_transformers import SentenceTransformer
+
+    options = {"max_seq_length": 9, "processor_kwargs": {"model_max_length": 7},
+               "model_kwargs": {"attn_implementation": "eager"}}  # fmt: skip
+    folder = sentence_folder(tmp_path, options)
+    towers = load_towers(folder)
+    model = SentenceTransformer(str(folder), device="cpu")
+    assert towers.spec.max_passage_length == model.max_seq_length == 7
+    want = model.encode(TEXTS, normalize_embeddings=True)
+    np.testing.assert_allclose(embed(towers, TEXTS, "passage"), want, atol=1e-5)
+    where = folder / "config_sentence_transformers.json"
+    where.write_text(json.dumps({"similarity_fn_name": "euclidean"}))
+    with pytest.raises(ValueError, match="similarity_fn_name is 'euclidean'; supported are cosine"):
+        load_towers(folder)
+    where.unlink()
+    own = json.loads((folder / "tokenizer_config.json").read_text()) | {"truncation_side": "left"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(own))
+    load_towers(folder)
+    assert "cuts long texts at their start" in caplog.text
