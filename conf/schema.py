@@ -289,6 +289,10 @@ class LossConfig:
             self.guide is None or self.teacher is None or self.guide == self.teacher,
             f"loss.guide ({self.guide}) and loss.teacher ({self.teacher}) must be the same model",
         )
+        if self.kind == "infonce" and self.teacher_weight == 1:
+            keys = tuple(key for key in _SOFTMAX_KEYS if key != "teacher")
+            owner = "the pairs' loss, which loss.teacher_weight=1 gives no share; set it below 1"
+            self._refuse(keys, owner)
 
     def _check_dims(self) -> None:
         _require(

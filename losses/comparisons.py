@@ -471,7 +471,7 @@ def compare_relatives(s: Subject) -> Iterator[Row]:
 
 
 def compare_margins(s: Subject) -> Iterator[Row]:
-    if s.loss.kind != "infonce":
+    if s.loss.kind != "infonce" or s.loss.teacher_weight == 1:
         return
     worst = 0.0
     for margin, ratio in ((0.0, None), (-0.1, None), (None, 0.9), (-0.05, 0.95)):

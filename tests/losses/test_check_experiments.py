@@ -79,6 +79,7 @@ def test_experiment_of_this_repository(name, tmp_path):
 LOSSES = [
     ("loss=qwen3", "loss.symmetric=0.3"),
     ("loss=gist", "loss.learn_temperature=true", "loss.dims=[384,100]", "loss.dims_per_step=1"),
+    ("loss=in_batch_kl",),
     ("loss=in_batch_kl", "loss.teacher_weight=0.4", "loss.label_smoothing=0.1"),
     ("loss=gte", "loss.debias=0.1", "loss.hardness=3", "loss.symmetric=0.5"),
     ("loss=sigmoid", "loss.dims=[384,32]"),

@@ -211,6 +211,19 @@ def test_a_log_of_an_empty_sum_has_no_gradient():
     torch.testing.assert_close(x.grad[1, 0, 2], sigmoid[2], rtol=1e-12, atol=0)
 
 
+# of the pairs' loss, which is multiplied by 1 - loss.teacher_weight
+NO_SHARE = (
+    {"symmetric": 0.5},
+    {"negatives": ["query_passage", "passage_passage"]},
+    {"false_negative_margin": 0.1},
+    {"false_negative_ratio": 0.95},
+    {"guide": "m", "false_negative_margin": 0.0},
+    {"label_smoothing": 0.1},
+    {"hardness": 3.0},
+    {"debias": 0.1},
+)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -222,6 +235,8 @@ def test_a_log_of_an_empty_sum_has_no_gradient():
         ({"teacher": "m"}, "go together"),
         ({"teacher": "m", "teacher_weight": 1.0, "guide": "n", "false_negative_margin": 0.0},
          "same model"),
+        *(({"teacher": "m", "teacher_weight": 1.0} | settings, "teacher_weight=1 gives no share")
+          for settings in NO_SHARE),
         ({"label_smoothing": 0.1, "debias": 0.1}, "no published form"),
         ({"kind": "sigmoid", "symmetric": 0.5}, "belongs to loss.kind=infonce"),
         ({"sigmoid_bias": -5.0}, "belongs to loss.kind=sigmoid"),
