@@ -544,7 +544,8 @@ def read_retrieval_set(
     For rows: equal texts (content_hash) are one document and one query; ids are the given ones,
     else d<number> and q<number> in order of appearance; negatives are documents not judged. A grade
     is the row's own, else its score, where that is a whole number (0 and below: not relevant), else
-    1.
+    1. Queries without a relevant passage are left out, their passages stay; ValueError where that
+    leaves none.
     """
     bad = bad if bad is not None else BadRows()
     resolved = resolve_split(source, split)
@@ -552,7 +553,14 @@ def read_retrieval_set(
     if kind == "beir":
         _no_columns(source)
         return read_beir(_root(source), str(resolved), bad, name=name)
-    return retrieval_set(_rows(source, resolved, bad), name or Path(str(source.root)).name, bad)
+    found = retrieval_set(_rows(source, resolved, bad), name or Path(str(source.root)).name, bad)
+    if not found.query_ids:
+        where = f"split {resolved!r} of {source.root}" if resolved else str(source.root)
+        raise ValueError(
+            f"{where}: no query has a relevant passage (a score above 0), so that nothing can be"
+            " judged; name another split, or take this one's file away"
+        )
+    return found
 
 
 def read_groups(

@@ -43,16 +43,24 @@ def retrieval_set(
                 grade = int(score) if is_grade else 1
                 judged[doc] = max(grade, judged.get(doc, grade))
     doc_ids, query_ids = docs.ids(), queries.ids()
+    answered = _answered(grades, name)
     return RetrievalSet(
         name=name,
         doc_ids=doc_ids,
         doc_texts=docs.texts,
-        query_ids=query_ids,
-        query_texts=queries.texts,
-        qrels={
-            query_ids[q]: {doc_ids[d]: g for d, g in judged.items()} for q, judged in grades.items()
-        },
+        query_ids=[query_ids[q] for q in answered],
+        query_texts=[queries.texts[q] for q in answered],
+        qrels={query_ids[q]: {doc_ids[d]: g for d, g in grades[q].items()} for q in answered},
     )
+
+
+def _answered(grades: dict[int, dict[int, int]], name: str) -> list[int]:
+    """Queries with a relevant document. The others cannot be judged and are left out, with a word
+    about how many."""
+    answered = [q for q, judged in grades.items() if any(g > 0 for g in judged.values())]
+    if len(answered) < len(grades):
+        log.info("%s: left out %d queries without a positive", name, len(grades) - len(answered))
+    return answered
 
 
 def _is_pair(example: Example) -> bool:
@@ -95,9 +103,7 @@ def rerank_set(groups: Iterator[Example], name: str, bad: BadRows | None = None)
             "%s: %d labels are not whole numbers; judged are the nearest: below 0.5 not relevant",
             name, num_rounded,
         )  # fmt: skip
-    answered = [q for q, judged in grades.items() if any(judged.values())]
-    if len(answered) < len(grades):
-        log.info("%s: left out %d queries without a positive", name, len(grades) - len(answered))
+    answered = _answered(grades, name)
     candidates = None
     if any(0 in grades[q].values() for q in answered):
         candidates = {

@@ -553,6 +553,20 @@ def test_pair_files_make_a_retrieval_set_of_distinct_texts(tmp_path: Path) -> No
     assert found.qrels == {"7": {"d1": 1, "x": 1}, "q1": {"d2": 1}}
 
 
+def test_a_query_without_a_relevant_passage_is_not_judged(tmp_path: Path, caplog) -> None:
+    """It would count 0 in every metric whatever the model does, as it does not where rows are held
+    out of training or put in order by a reranker. Its passage is still searched."""
+    rows = [{"query": q, "positive": f"on {q}", "score": n} for q, n in (("a", 0), ("b", 1))]
+    with caplog.at_level(logging.INFO):
+        found = read_retrieval_set(source(write_jsonl(tmp_path / "test.jsonl", rows)), None)
+    assert found.query_ids == ["q1"] and found.query_texts == ["b"]
+    assert found.doc_texts == ["on a", "on b"] and found.qrels == {"q1": {"d1": 1}}
+    assert "left out 1 queries without a positive" in caplog.text
+    assert [e.query for e in read(tmp_path / "test.jsonl")] == found.query_texts
+    with pytest.raises(ValueError, match=r"none.jsonl: no query has a relevant passage"):
+        read_retrieval_set(source(write_jsonl(tmp_path / "none.jsonl", rows[:1])), None)
+
+
 # -- faults -------------------------------------------------------------------------------------
 
 GOOD = '{"query": "q", "positive": "p"}'
