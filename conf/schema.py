@@ -542,7 +542,7 @@ class OptimConfig:
     warmup: float = 0.1  # below 1: share of all steps; 1 and above: steps
     min_lr_ratio: float = 0.0
     layer_decay: float = 1.0  # lr factor a layer, from the top down; 1: none
-    temperature_lr: float = 1e-3  # lr of a learned temperature
+    temperature_lr: float = 1e-3  # lr of a learned temperature, and of the bias of kind=sigmoid
     head_lr: float | None = None  # lr of a reranker's head; null: lr
 
     def __post_init__(self) -> None:
@@ -571,6 +571,11 @@ class OptimConfig:
             0 < self.layer_decay <= 1, f"optim.layer_decay ({self.layer_decay}) must be in (0, 1]"
         )
         _one_of("optim.schedule", self.schedule, ("constant", "linear", "cosine"))
+        _require(
+            self.schedule != "constant" or self.min_lr_ratio == 0,
+            f"optim.min_lr_ratio ({self.min_lr_ratio}) is not read by optim.schedule=constant; take"
+            " linear or cosine",
+        )
 
 
 @dataclass
@@ -770,6 +775,13 @@ class TrainConfig:
         _require(
             is_rerank or self.optim.head_lr is None,
             f"optim.head_lr ({self.optim.head_lr}) is of a reranker's head (task=rerank)",
+        )
+        _require(
+            self.loss.learn_temperature
+            or self.loss.kind == "sigmoid"  # its bias is learned
+            or self.optim.temperature_lr == OptimConfig().temperature_lr,
+            f"optim.temperature_lr ({self.optim.temperature_lr}) is not read where the loss learns"
+            " nothing of its own; set loss.learn_temperature=true",
         )
         _require(
             (self.model.num_labels > 1) == (self.loss.kind == "cross_entropy"),

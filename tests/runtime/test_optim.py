@@ -5,7 +5,7 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
 
-from conf.schema import LossConfig, ModelConfig, OptimConfig
+from conf.schema import LossConfig, ModelConfig, OptimConfig, TrainConfig
 from losses.build import build_loss
 from losses.infonce import InfoNCE
 from models.build import build_model
@@ -80,6 +80,19 @@ def test_temperature_has_a_rate_of_its_own_and_follows_the_schedule(tiny_base):
     set_lr(optimizer, 0.5e-4)
     assert optimizer.param_groups[-1]["lr"] == pytest.approx(0.5e-2)
     assert optimizer.param_groups[0]["lr"] == pytest.approx(0.5e-4)
+
+
+def test_rates_that_nothing_would_read_are_refused():
+    """They named the run's folder and changed nothing in it."""
+    with pytest.raises(ValueError, match=r"min_lr_ratio \(0\.1\) is not read by .*=constant"):
+        OptimConfig(schedule="constant", min_lr_ratio=0.1)
+    optim = OptimConfig(temperature_lr=1e-2)
+    with pytest.raises(ValueError, match=r"temperature_lr \(0\.01\) is not read .*learn_temp"):
+        TrainConfig(optim=optim)
+    assert not list(build_loss(LossConfig()).parameters())
+    for loss in (LossConfig(learn_temperature=True), LossConfig(kind="sigmoid")):
+        assert list(build_loss(loss).parameters())
+        assert TrainConfig(optim=optim, loss=loss).optim.temperature_lr == 1e-2
 
 
 @pytest.mark.parametrize("kind", ["infonce", "sigmoid"])
