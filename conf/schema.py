@@ -762,6 +762,13 @@ class TrainConfig:
             f"mine.{unread[0] if unread else ''} is not read without mine_every=<steps>: with 0, no"
             " negatives are mined while the model is trained",
         )
+        for name, source in (self.data.sets or {"": self.data}).items():
+            key = f"data.sets.{name}" if name else "data"
+            _require(
+                is_rerank or self.loss.learns_scores or source.texts is None,
+                f"{key}.texts={source.texts} is for task=rerank and losses of a teacher's scores;"
+                f" a retriever trains on the BEIR folder itself, {key}.root={source.texts}",
+            )
         for key in ("random_negatives", "curriculum"):
             value = getattr(self.data, key)
             _require(

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from conf.schema import SourceConfig
+from conf.schema import DataConfig, LossConfig, SourceConfig, TrainConfig
 from data.formats import (
     BadRows,
     read_examples,
@@ -314,6 +314,16 @@ def test_retrieval_refuses_what_only_a_reranker_can_use(tmp_path):
     ids = write(tmp_path / "ids.jsonl", as_ids(ROWS))
     with pytest.raises(ValueError, match=r"data\.root=.*beir"):
         read_retrieval_set(SourceConfig(root=str(ids), texts=str(beir(tmp_path / "beir"))), None)
+
+
+def test_texts_of_ids_that_nothing_would_read_are_refused():
+    """Whatever the cache holds: where the rows were read before, the reader is not asked."""
+    one, several = DataConfig(texts="t"), DataConfig(sets={"a": SourceConfig(texts="t")})
+    for data, named in ((one, r"data\.texts=t"), (several, r"data\.sets\.a\.texts=t")):
+        with pytest.raises(ValueError, match=f"{named} is for task=rerank"):
+            TrainConfig(data=data)
+        for kind, task in (("bce", "rerank"), ("kl", "retrieval"), ("margin_mse", "retrieval")):
+            TrainConfig(data=data, task=task, loss=LossConfig(kind=kind))
 
 
 # -- candidates ---------------------------------------------------------------------------------
