@@ -118,6 +118,8 @@ def run(c: TrainConfig, run_dir: Path, interrupt: Interrupt) -> None:
             )  # fmt: skip
             grad_norm = clip_grad_norm_(trained(model, loss_fn), c.optim.max_grad_norm or math.inf)
             check_finite(step, batch, loss, grad_norm, ranks)
+            row = numbers | {"loss": loss, "grad_norm": grad_norm, "lr": lr}
+            row |= {"temperature": loss_fn.temperature.detach()}  # the loss's, not the next one's
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             done = step + 1
@@ -131,8 +133,6 @@ def run(c: TrainConfig, run_dir: Path, interrupt: Interrupt) -> None:
                 with clock.paused():  # a signal comes first: values is None
                     values = ranks.on_main(interrupt.unless_requested, judge.evaluate_dev,
                                            *judged, precision=precision)  # fmt: skip
-            row = numbers | {"loss": loss, "grad_norm": grad_norm, "lr": lr}
-            row |= {"temperature": loss_fn.temperature.detach()}
             note_step(done, total_steps, row, values, progress, track, clock, c)
             stop = ranks.first(interrupt.requested)  # a signal to any rank stops all at this step
             if is_last or stop or is_time_to_save(done, progress, c):

@@ -166,6 +166,17 @@ def test_a_run_that_stops_early_logs_its_last_step(config, tmp_path):
     assert [row["step"] for row in rows if "dev/ndcg@10" in row] == [3, 6]
 
 
+def test_a_step_is_logged_with_the_temperature_of_its_loss(config, unjudged, tmp_path):
+    """It was the one after the step, beside a loss and a diagonal that the one before divided."""
+    config.loss = LossConfig(temperature=0.05, learn_temperature=True)
+    config.optim.steps, config.optim.temperature_lr, config.log_every = 3, 0.5, 1
+    run(config, tmp_path / "run")
+    rows = read_rows(tmp_path / "run" / "metrics.jsonl")
+    first, second, third = (row["temperature"] for row in rows)
+    assert first == pytest.approx(0.05, rel=1e-6)
+    assert abs(second - first) > 0.01 and abs(third - second) > 0.001
+
+
 # ------------------------------------------------------------------------------------------ signals
 
 
