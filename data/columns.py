@@ -277,10 +277,16 @@ def _one_family(role: str, names: list[str], listed: str) -> list[str]:
 
 
 def header_rule(
-    source: SourceConfig, path: str, fields: list[str], *, groups: bool = False
+    source: SourceConfig,
+    path: str,
+    fields: list[str],
+    later: Sequence[list[str]] = (),
+    *,
+    groups: bool = False,
 ) -> list[str] | None:
     """Column names of a TSV or CSV whose first row is `fields`; None: no header, names by position.
 
+    later   some rows that follow, which tell a header of unknown names from texts
     groups  rows may be labelled ones, which only a header tells
     A mapping to numbers ({query: "0", positive: "3"}) says that there is no header.
     """
@@ -298,7 +304,8 @@ def header_rule(
             )
         return fields
     by_position = "data.columns={query: '0', positive: '1'} gives columns of a file without header"
-    if known or answer or looks_like_names(fields):
+    whole = [row for row in later if len(row) == len(fields)]
+    if known or answer or looks_like_names(fields) or _stands_over_texts(fields, whole):
         raise ValueError(
             f"{path}:1: expected a header with a query and a positive column, or text,"
             f" found {short(fields, 120)}; set data.columns={{query: <name>, positive: <name>}};"
@@ -313,8 +320,44 @@ def header_rule(
             f"{path}:1: expected a header or texts alone (query, positive, negative...),"
             f" found {short(fields, 120)}; {by_position}"
         )
-    log.info("%s: no header; columns are %s", path, ", ".join(positional_names(len(fields))))
+    if numbers := _numbers_below(fields, whole):
+        raise ValueError(
+            f"{path}:1: expected a header or texts alone (query, positive, negative...), found"
+            f" numbers below {' and '.join(short(n) for n in numbers)};"
+            f" set data.columns={{query: <name>, positive: <name>}}; {by_position}"
+        )
+    roles = zip(positional_names(len(fields)), fields, strict=True)
+    log.warning(
+        "%s: no header with known names, so columns go by position; the first row is taken for %s;"
+        " if it is a header, set data.columns={query: <name>, positive: <name>}",
+        path,
+        ", ".join(f"{role} {short(text, 40)}" for role, text in roles),
+    )
     return None
+
+
+def _stands_over_texts(fields: list[str], later: list[list[str]]) -> bool:
+    """Whether names, in any script, stand over columns where every text is much longer."""
+    return (
+        len(later) >= 3
+        and looks_like_names(fields, any_script=True)
+        and all(
+            len(text) >= 3 * len(name)
+            for row in later
+            for name, text in zip(fields, row, strict=True)
+        )
+    )
+
+
+def _numbers_below(fields: list[str], later: list[list[str]]) -> list[str]:
+    """The fields with a number below in every row. One row is enough for a query, which is never a
+    number; an answer may be, so five for the others.
+    """
+    return [
+        name
+        for i, name in enumerate(fields)
+        if len(later) >= (5 if i else 1) and all(as_score(row[i]) is not None for row in later)
+    ]
 
 
 def matches(value: Any, wanted: Any) -> bool:

@@ -132,7 +132,8 @@ def read_answers(examples: Sequence[Example], column: str) -> list[tuple[str, ..
     for path in paths:
         try:
             kind = sniff(Path(path))
-            rows = open_table(Path(path), kind, BadRows("skip"), lambda _, names: names).rows(None)
+            table = open_table(Path(path), kind, BadRows("skip"), lambda _, names, __: names)
+            rows = table.rows(None)
             cells |= {where: row[column] for where, row in rows if column in row}
         except (OSError, ValueError):
             pass  # qrels of a BEIR folder; said below

@@ -7,9 +7,10 @@ import csv
 import json
 import logging
 import re
+import unicodedata
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import count
+from itertools import count, islice
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -136,29 +137,44 @@ def _jsonl_rows(path: Path, bad: BadRows) -> Rows:
 
 # -- TSV and CSV --------------------------------------------------------------------------------
 
-HeaderRule = Callable[[str, list[str]], list[str] | None]
-"""(path, fields of the first row) -> column names if that row is a header, None if it is data."""
+HeaderRule = Callable[[str, list[str], list[list[str]]], list[str] | None]
+"""(path, fields of the first row, of the next PEEK rows) -> column names if the first row is a
+header, None if it is data."""
+PEEK = 20
 
 _QUOTED = re.compile(r'"[^"]*(?:""[^"]*)+"')
 _NAME = re.compile(r"[A-Za-z_][\w.-]{0,39}")
 
 
-def looks_like_names(fields: list[str]) -> bool:
-    """Whether every field is a single short word, as in a header line."""
-    return all(_NAME.fullmatch(f) for f in fields)
+def looks_like_names(fields: list[str], *, any_script: bool = False) -> bool:
+    """Whether every field is a single short word, as in a header line.
+
+    any_script  else of ASCII; of other letters, and with spaces, short texts look like names too
+    """
+    return all(_is_short_phrase(f) if any_script else _NAME.fullmatch(f) for f in fields)
+
+
+def _is_short_phrase(field: str) -> bool:
+    """Letters, marks and digits of at most three words, without the signs of a sentence."""
+    return (
+        0 < len(field) <= 40
+        and len(field.split()) <= 3
+        and field[0].isalpha()
+        and all(c in " _.-\u200c" or unicodedata.category(c)[0] in "LMN" for c in field)
+    )
 
 
 def _text_table(path: Path, kind: str, bad: BadRows, header_rule: HeaderRule) -> Table:
     split_rows = _csv_fields if kind == "csv" else _tsv_fields
-    # the first row decides; faults before it are reported when the rows are read
+    # the first rows decide; faults among them are reported when the rows are read
     faults = BadRows("skip")
-    first = next((fields for _, fields in split_rows(path, faults)), None)
-    if first is None and faults.first:
+    head = [fields for _, fields in islice(split_rows(path, faults), 1 + PEEK)]
+    if not head and faults.first:
         raise ValueError(f"{path}: no row can be read; the first fault: {faults.first}")
-    if first is None:
+    if not head:
         raise ValueError(f"{path}: expected rows of data, found none that is UTF-8 text")
-    fields = [f.strip() for f in first]
-    header = header_rule(str(path), fields)
+    fields, *later = [[f.strip() for f in row] for row in head]
+    header = header_rule(str(path), fields, later)
     names = header if header is not None else positional_names(len(fields))
     has_header = header is not None and header == fields
     separated = "comma" if kind == "csv" else "tab"

@@ -807,6 +807,58 @@ def test_ambiguous_headers_and_columns_are_errors(tmp_path: Path) -> None:
         read(tmp_path, "train")
 
 
+# Persian for id, question and answer; Chinese for question and answer
+ID, QUESTION = "\u0634\u0646\u0627\u0633\u0647", "\u0633\u0624\u0627\u0644"
+ANSWER = "\u067e\u0627\u0633\u062e"
+WEN, DA = "\u95ee\u9898", "\u7b54\u6848"
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([(ID, QUESTION, ANSWER), ("1", f"{QUESTION} 1", f"{ANSWER} 1")], f"below '{ID}'"),
+        ([(ID, QUESTION, ANSWER), ("\u06f1", QUESTION, ANSWER)], f"below '{ID}'"),
+        ([("Row ID", "User Question", "Best Answer"), ("7", "a b", "c")], "below 'Row ID'"),
+        ([("User Question", "Best Answer", "Votes"), *[("a b", "c", "3")] * 5], "below 'Votes'"),
+        ([(ANSWER, QUESTION), *[(f"{ANSWER} " * 3, f"{QUESTION} " * 3)] * 3], "a header with"),
+        ([(DA, WEN), *[(DA * 3, WEN * 3)] * 3], "a header with"),
+    ],
+)
+@pytest.mark.parametrize("sign", [",", "\t"])
+def test_a_header_in_any_script_is_no_example(tmp_path: Path, rows, message, sign) -> None:
+    """Read by position, the id is the query, the question its answer and the answer a negative."""
+    path = tmp_path / ("rows.csv" if sign == "," else "rows.tsv")
+    path.write_text("".join(sign.join(r) + "\n" for r in rows), "utf-8")
+    with pytest.raises(ValueError, match=f"rows.{path.suffix[1:]}:1: .*{message}") as caught:
+        read(path)
+    for remedy in ("data.columns={query: <name>, positive: <name>}", "{query: '0', positive: '1'}"):
+        assert remedy in str(caught.value)
+    names = {"query": rows[0][1], "positive": rows[0][-1 if len(rows[0]) > 2 else 0]}
+    assert [e.query for e in read(path, columns=names)] == [r[1] for r in rows[1:]]
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [(QUESTION, ANSWER), (f"{QUESTION} {QUESTION}?", f"{ANSWER}, {ANSWER}")],
+        [(QUESTION, ANSWER), *[(f"{QUESTION} " * 9, ANSWER)] * 20],
+        [(WEN, DA), (WEN * 9, DA * 9), (DA, WEN), (WEN * 9, DA * 9)],
+        [("User Question", "Best Answer"), ("how old are you", "four"), ("a b", "c d")],
+        [("capital of France", "Paris"), ("when did men walk on the moon", "1969")],
+        [("who was it", "Ann Lee"), *[("how many are there?", "7")] * 4],
+        [("what is it, really?", "No idea!"), *[("a longer question, " * 9, "words " * 20)] * 20],
+    ],
+)
+def test_texts_without_a_header_are_read_in_any_script(tmp_path: Path, rows, caplog) -> None:
+    """Short texts may come first; all that a guess may cost them is a warning that shows it."""
+    path = tmp_path / "rows.tsv"
+    path.write_text("".join("\t".join(r) + "\n" for r in rows), "utf-8")
+    assert texts(read(path)) == [(q, [p], []) for q, p in rows]
+    query, positive = rows[0]
+    assert f"the first row is taken for query {query!r}, positive {positive!r}" in caplog.text
+    assert [r.levelname for r in caplog.records if "go by position" in r.message] == ["WARNING"]
+
+
 def test_all_rows_bad_is_an_error_even_when_skipping(tmp_path: Path) -> None:
     """An empty training set must not pass as one that was cleaned."""
     path = write_jsonl(tmp_path / "rows.jsonl", [{"query": "", "positive": "p"}] * 3)
