@@ -83,6 +83,7 @@ __all__ = [
     "read_retrieval_set",
     "rerank_set",
     "retrieval_set",
+    "splits_called",
     "tell_files",
 ]
 
@@ -295,8 +296,17 @@ def tell_files(source: SourceConfig, splits: Iterable[str | None]) -> None:
     warns of those that no split reads."""
     by_split = _split_files(source, _root(source))
     splits = list(dict.fromkeys(splits))
-    others = [s for s in by_split if s not in splits and str(s).lower() not in _known_names()]
-    left = [p.name for split in others for p in by_split[split]]
+    others = [s for s in by_split if s not in splits]
+    left = [p.name for s in others if str(s).lower() not in _known_names() for p in by_split[s]]
+    for split in filter(None, splits):
+        twins = [s for s in filter(None, others) if s.lower() in _same_split(split)]
+        if twins:
+            log.warning(
+                "%s: not read: %s, since %s is there too and taken for that split",
+                source.root,
+                _listed([p.name for s in twins for p in by_split[s]]),
+                split,
+            )
     if left:
         log.warning(
             "%s: not read: %s; put train, dev or test into the name, or give the file by itself",
@@ -353,16 +363,31 @@ def resolve_split(source: SourceConfig, split: str | None) -> str | None:
             f"data.root={source.root} has no splits of its own, so there is no {split!r};"
             f" give a folder with a file {split}.jsonl, or let it be split by shared texts"
         )
-    others = [s for s in splits if s in _same_split(split)]
-    if len(others) != 1:
+    others = splits_called(split, splits)
+    if len(others) > 1:
+        raise ValueError(
+            f"data.root={source.root}: {' and '.join(map(repr, others))} could both be split"
+            f" {split!r}; name one"
+        )
+    if not others:
         raise ValueError(
             f"data.root={source.root} has no split {split!r}; splits at hand: {listed}"
         )
     return others[0]
 
 
+def splits_called(split: str, splits: Sequence[str]) -> list[str]:
+    """Those of `splits` that `split` may mean: the one of that name, else Dev, validation, val...
+    for dev.
+    """
+    if split in splits:
+        return [split]
+    return [s for s in splits if s.lower() in _same_split(split)]
+
+
 def _same_split(split: str) -> tuple[str, ...]:
-    return next((names for names in SPLIT_NAMES.values() if split.lower() in names), (split,))
+    name = split.lower()
+    return next((names for names in SPLIT_NAMES.values() if name in names), (name,))
 
 
 # -- rows to examples ---------------------------------------------------------------------------

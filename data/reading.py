@@ -35,8 +35,8 @@ from data.formats import (
     read_rerank_set,
     read_retrieval_set,
     rerank_set,
-    resolve_split,
     retrieval_set,
+    splits_called,
     tell_files,
 )
 from data.pydocs import read_pydocs, sources_digest
@@ -442,16 +442,19 @@ def _own_splits(source: SourceConfig) -> dict[str, str | None]:
     for split, asked in zip(
         SPLITS, (source.train_split, source.dev_split, source.test_split), strict=True
     ):
-        try:
-            own[split] = resolve_split(source, asked)
-        except ValueError:
-            # a split the user named, or one that there must be
-            if asked != split or split == "train":
-                raise ValueError(
-                    f"data.root={source.root} has no split {asked!r} to take for {split}; it has"
-                    f" {', '.join(there)}; set data.{split}_split"
-                ) from None
-            own[split] = None
+        found = splits_called(asked, there)
+        if len(found) > 1:
+            raise ValueError(
+                f"data.root={source.root}: {' and '.join(map(repr, found))} could both be taken for"
+                f" {split}; set data.{split}_split to one of them"
+            )
+        # a split the user named, or one that there must be
+        if not found and (asked != split or split == "train"):
+            raise ValueError(
+                f"data.root={source.root} has no split {asked!r} to take for {split}; it has"
+                f" {', '.join(there)}; set data.{split}_split"
+            )
+        own[split] = found[0] if found else None
     for split in ("dev", "test"):
         if own[split] == own["train"]:  # train_split=test: the rest is held out of it
             own[split] = None

@@ -216,6 +216,34 @@ def test_a_split_that_is_not_there_is_named(tmp_path, settings, words):
         open_some(tmp_path, root=str(tmp_path / "data"), **settings)
 
 
+@pytest.mark.parametrize("names", [("Train", "Dev", "Test"), ("TRAIN", "Valid", "testing")])
+def test_capitals_of_a_file_name_hide_no_split(tmp_path, names):
+    """Test.jsonl was left unread, and a test set held out of train beside it."""
+    for split, name in zip(("train", "dev", "test"), names, strict=True):
+        write_rows(tmp_path / "data" / f"{name}.jsonl", pairs(20, split))
+    for settings in ({}, {"train_split": names[0]}, {"dev_split": names[1].lower()}):
+        data = open_some(tmp_path, root=str(tmp_path / "data"), **settings)
+        own = data.report["data_sets"]["data"]["split"]["own"]
+        assert own == dict(zip(("train", "dev", "test"), names, strict=True))
+        assert data.train.num_examples == 20 and len(data.test["test"].query_ids) == 20
+
+
+def test_two_files_that_could_be_one_split_are_an_error(tmp_path, caplog):
+    """Neither was read, and dev was held out of train."""
+    for name in ("train", "val", "eval", "test"):
+        write_rows(tmp_path / "data" / f"{name}.jsonl", pairs(20, name))
+    settings = {"root": str(tmp_path / "data")}
+    with pytest.raises(ValueError, match=r"'eval' and 'val' could both be .*set data.dev_split"):
+        open_some(tmp_path, **settings)
+    data = open_some(tmp_path, **settings, dev_split="val")
+    assert set(data.dev["dev"].query_texts) == {f"valq{i}" for i in range(20)}
+    assert "not read: eval.jsonl, since val is there too" in caplog.text
+    write_rows(tmp_path / "data" / "dev.jsonl", pairs(20, "dev"))
+    data = open_some(tmp_path, **settings)
+    assert set(data.dev["dev"].query_texts) == {f"devq{i}" for i in range(20)}
+    assert "not read: eval.jsonl, val.jsonl, since dev is there too" in caplog.text
+
+
 def test_a_test_split_alone_is_no_training_data(tmp_path):
     root = beir(tmp_path / "beir", {"test": [(i, i) for i in range(20)]})
     with pytest.raises(ValueError, match="no split 'train' to take for train; it has test"):
