@@ -437,11 +437,21 @@ def _own_splits(source: SourceConfig) -> dict[str, str | None]:
     """The data's names for train, dev and test; None for a split it does not have."""
     there = available_splits(source)
     own: dict[str, str | None] = {}
+    all_asked = dict(
+        zip(SPLITS, (source.train_split, source.dev_split, source.test_split), strict=True)
+    )
     if not there:
+        named = {split: asked for split, asked in all_asked.items() if asked != split}
+        if named:
+            settings = " and ".join(f"data.{split}_split={n}" for split, n in named.items())
+            raise ValueError(
+                f"data.root={source.root} has no splits of its own, got {settings}; give a folder"
+                f" with a file for each split, such as {next(iter(named.values()))}.jsonl, or leave"
+                " out what names them: dev and test are then held out (data.dev_fraction,"
+                " data.test_fraction)"
+            )
         return dict.fromkeys(SPLITS)
-    for split, asked in zip(
-        SPLITS, (source.train_split, source.dev_split, source.test_split), strict=True
-    ):
+    for split, asked in all_asked.items():
         found = splits_called(asked, there)
         if len(found) > 1:
             raise ValueError(

@@ -216,6 +216,16 @@ def test_a_split_that_is_not_there_is_named(tmp_path, settings, words):
         open_some(tmp_path, root=str(tmp_path / "data"), **settings)
 
 
+@pytest.mark.parametrize("split", ["train", "dev", "test"])
+def test_a_named_split_of_data_without_splits_is_an_error(tmp_path, split):
+    """Rows were held out at random, while the user took them for the split of that name."""
+    path = write_rows(tmp_path / "pairs.jsonl", pairs(20))
+    wanted = rf"pairs.jsonl has no splits of its own, got data.{split}_split=gold; give a folder"
+    with pytest.raises(ValueError, match=wanted):
+        open_some(tmp_path, root=str(path), **{f"{split}_split": "gold"})
+    open_some(tmp_path, root=str(path), **{f"{split}_split": split})
+
+
 @pytest.mark.parametrize("names", [("Train", "Dev", "Test"), ("TRAIN", "Valid", "testing")])
 def test_capitals_of_a_file_name_hide_no_split(tmp_path, names):
     """Test.jsonl was left unread, and a test set held out of train beside it."""
