@@ -382,6 +382,11 @@ _SOFTMAX_KEYS = (
 )  # fmt: skip
 
 
+# format -> settings that examples made by a module of ours have no use for
+_OF_ROWS = ("columns", "filter", "train_split", "dev_split", "test_split", "texts")
+UNREAD = {"toy": ("root", *_OF_ROWS), "pydocs": _OF_ROWS}
+
+
 @dataclass
 class SourceConfig:
     """One data set: where it lies and how to read it."""
@@ -416,6 +421,19 @@ class SourceConfig:
             self.revision is None or self.format == "hub",
             f"data.revision ({self.revision}) is of a hub data set, got data.format={self.format};"
             " add data.format=hub, or leave it out",
+        )
+        of_rows = UNREAD.get(self.format, ())
+        unread = [
+            f.name
+            for f in fields(SourceConfig)
+            if f.name in of_rows and getattr(self, f.name) != getattr(SourceConfig(), f.name)
+        ]
+        _require(
+            not unread,
+            f"data.format={self.format} makes its examples and splits itself, got beside it"
+            f" {', '.join(f'data.{name}' for name in unread)}, which it would not read; leave"
+            f" {'them' if len(unread) > 1 else 'it'} out, or give data of your own as data=local"
+            " data.root=<file or folder>",
         )
 
 
@@ -501,6 +519,17 @@ class DataConfig(SourceConfig):
             and self.dev_fraction + self.test_fraction < 1,
             f"data.dev_fraction ({self.dev_fraction}) + data.test_fraction ({self.test_fraction})"
             f" must be < 1",
+        )
+        # toy data stand in for those of any experiment, some of which set a fraction
+        fractions = [
+            f"data.{key}"
+            for key in ("dev_fraction", "test_fraction")
+            if self.format == "pydocs" and getattr(self, key) != getattr(DataConfig, key)
+        ]
+        _require(
+            not fractions,
+            f"data.format=pydocs is split by module, got {' and '.join(fractions)}, which it would"
+            " not read; leave out what sets it",
         )
         _require(
             self.max_held_out is None or self.max_held_out > 0,

@@ -193,9 +193,27 @@ def test_settings_of_one_data_set_beside_several_are_refused(run):
     assert "set data.sets.<name>.columns" in err
 
 
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["+experiment=toy", "data.root=x.jsonl"], "data.root, which it would not read; leave it"),
+        (["data=toy", "data.texts=x", "data.dev_split=v"], "data.dev_split, data.texts, which"),
+        (["data=pydocs", "data.columns.query=q", "data.filter.a=1"], "data.columns, data.filter,"),
+        (["data=pydocs", "data.test_split=gold"], "beside it data.test_split, which"),
+        (["data.sets.a.format=toy", "data.sets.a.root=x"], "beside it data.root, which"),
+        (["data=pydocs", "data.dev_fraction=0"], "split by module, got data.dev_fraction, which"),
+    ],
+)
+def test_settings_that_made_data_would_not_read_are_refused(run, args, words):
+    """A run on generated examples was reported with the user's own file as its root."""
+    code, calls, _, err = run(*args)
+    assert code == 2 and not calls and words in err, err
+    assert run("data=pydocs", "data.root=x")[0] == run("data=toy")[0] == 0
+
+
 def test_job_gets_plain_dataclasses(run):
     """A DictConfig past main would answer a mistyped attribute with None."""
-    _, calls, _, _ = run("data=toy", "loss.dims=[8,4]", "data.columns.query=q")
+    _, calls, _, _ = run("data=local", "data.root=x", "loss.dims=[8,4]", "data.columns.query=q")
 
     def walk(value):
         assert type(value).__module__.split(".")[0] in ("builtins", "conf"), type(value)
@@ -276,7 +294,7 @@ def test_sweep_arms_are_kept_apart_and_a_failing_arm_stops_no_other(run, tmp_pat
 def test_sweep_over_paths_and_result_neutral_settings_has_a_directory_each(run, tmp_path):
     """Neither is in the name of a plain run; two arms would meet."""
     (tmp_path / "a,b").mkdir()
-    args = ["-m", "data=toy", "runtime.threads=1,2", "model.base=m/x,n/x", "name=s"]
+    args = ["-m", "data=local", "runtime.threads=1,2", "model.base=m/x,n/x", "name=s"]
     code, calls, _, err = run(*args, "data.root=a,b")
     assert code == 0, err
     assert len({d for _, d in calls}) == 4

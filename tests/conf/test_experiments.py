@@ -30,7 +30,8 @@ def flatten(value, prefix=""):
 def test_experiment_composes_and_its_values_arrive(name, tmp_path, monkeypatch):
     """A value under the wrong section or a missing package line would be lost."""
     monkeypatch.chdir(tmp_path)
-    c = compose(monkeypatch, f"+experiment={name}", "data.root=somewhere")
+    args = [] if name == "toy" else ["data.root=somewhere"]  # toy data come from nowhere
+    c = compose(monkeypatch, f"+experiment={name}", *args)
     assert c.name == name, "the run directory is found by the experiment's name"
     content = yaml.load((CONF_DIR / "experiment" / f"{name}.yaml").read_text(), get_yaml_loader())
     content.pop("defaults")
