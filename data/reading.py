@@ -53,6 +53,7 @@ from data.stored import (
     ExamplesWriter,
     load_set,
     save_sets,
+    stored_among,
     stored_examples,
     text_counts,
 )
@@ -61,6 +62,7 @@ from data.toy import TOY_VERSION, toy_examples
 log = logging.getLogger(__name__)
 
 INDEX_VERSION = 4  # raise it when the same files and settings would give another folder
+MAX_EXAMPLES = 10  # shown of what two sets share
 NO_POSITIVE = "all in train: no query has a positive"
 
 
@@ -76,12 +78,17 @@ class ReadSet:
 
 @dataclass
 class ReadSets:
-    """All data sets of the settings, not yet tokenised. The rest as in Data."""
+    """All data sets of the settings, not yet tokenised. The rest as in Data.
+
+    shared  what leaks from the training of one set into the dev and test of another; None of one
+            set
+    """
 
     sets: list[ReadSet]
     dev: dict[str, Any]
     test: dict[str, Any]
     prompts: dict[str, tuple[str | None, str | None]]
+    shared: dict[str, Any] | None = None
 
     def report_of(self, store: TrainStore) -> dict[str, Any]:
         log.info(
@@ -95,7 +102,8 @@ class ReadSets:
         )
         reports = {one.name or "data": one.info["report"] for one in self.sets}
         digest = digest_of(store.num_examples, [one.folder.name for one in self.sets])
-        return {"digest": digest, "train_examples": store.num_examples, "data_sets": reports}
+        report = {"digest": digest, "train_examples": store.num_examples, "data_sets": reports}
+        return report if self.shared is None else report | {"leakage_between_sets": self.shared}
 
 
 def read_sets(c: DataConfig, *, groups: bool = False) -> ReadSets:
@@ -105,6 +113,7 @@ def read_sets(c: DataConfig, *, groups: bool = False) -> ReadSets:
     Raises ValueError for anything wrong with the data or its settings.
     """
     found = ReadSets([], {}, {}, {})
+    judged: dict[tuple[str, str], RetrievalSet] = {}
     for name, source in (c.sets or {"": c}).items():
         folder, info = _open_set(name, source, c, groups)
         found.sets.append(ReadSet(name, source, folder, info))
@@ -117,9 +126,47 @@ def read_sets(c: DataConfig, *, groups: bool = False) -> ReadSets:
                     f"two data sets would be reported as {label!r}; rename one of data.sets"
                 )
             one = load_set(folder, stored, label, groups)
+            if not extra:
+                judged[name, split] = one
             sets[label] = _limited(one, c) if split == "dev" else one
             found.prompts[label] = (source.query_prompt, source.passage_prompt)
+    if len(found.sets) > 1:
+        found.shared = _leakage_between(found.sets, judged)
+        warn_of_leaks("data.sets", found.shared)
     return found
+
+
+def _leakage_between(
+    sets: list[ReadSet], judged: dict[tuple[str, str], RetrievalSet]
+) -> dict[str, Any]:
+    """Texts of a set's dev and test that another set trains on, as leakage_report has them.
+
+    judged  (set, split) -> what is judged
+    Exact alone: queries that are queries there, positives that are passages there (positives or
+    negatives). Counts are distinct texts.
+    """
+    own = {one.name: one.folder for one in sets}
+    pairs = {}
+    for (name, split), one in judged.items():
+        sides: dict[str, dict[int, tuple[str, str]]] = {"queries": {}, "passages": {}}
+        for e in _judged(one):
+            for side, texts in (("queries", [e.query]), ("passages", e.positives)):
+                for text in texts:
+                    sides[side].setdefault(content_hash(text), (e.where, text[:200]))
+        for other, folder in own.items():
+            if folder == own[name]:  # one set under two names: what it shares is in its report
+                continue
+            counts, examples = {}, []
+            for side, texts_there in sides.items():
+                wanted = np.array(list(texts_there), np.int64)
+                shared = np.sort(stored_among(folder, side, wanted)[1]).tolist()
+                kind = f"exact_{side}"
+                counts[kind] = len(shared)
+                for key in shared[: MAX_EXAMPLES // 2]:
+                    where, text = texts_there[key]
+                    examples.append({"kind": kind, "where": where, "text": text})
+            pairs[f"train of {other}/{split} of {name}"] = {**counts, "examples": examples}
+    return {"method": "exact after NFKC and whitespace", "pairs": pairs}
 
 
 # -- one data set -------------------------------------------------------------------------------
@@ -194,12 +241,12 @@ def warn_of_leaks(shown: str | None, leakage: dict[str, Any]) -> None:
 
 def sample_note(leakage: dict[str, Any]) -> str:
     """What has to be said beside the counts of a leakage report; "" where all was compared."""
-    left_out = leakage["not_compared_for_near"]
+    left_out = leakage.get("not_compared_for_near", 0)  # between sets none is compared for near
+    if not left_out:
+        return ""
     total = sum(
         n for texts in leakage["texts"].values() for n in (texts["queries"], texts["positives"])
     )
-    if not left_out:
-        return ""
     return (
         f"near duplicates were looked for in a sample: {left_out:,} of {total:,} queries and"
         " positives are compared exactly alone"

@@ -200,21 +200,25 @@ def _sharing(
         np.array([content_hash(t) for e in held for t in (e.query, *e.positives)], np.int64)
     )
 
-    def shared(name: str) -> np.ndarray:
-        hash_T = np.load(folder / f"{name}.hash.npy", mmap_mode="r")
-        found = [np.zeros(0, np.int64)]
-        for low in range(0, len(hash_T), HASH_BLOCK):
-            found.append(low + np.flatnonzero(np.isin(hash_T[low : low + HASH_BLOCK], wanted)))
-        return np.concatenate(found)
-
     def first(values: np.ndarray, texts: np.ndarray) -> np.ndarray:
         places = np.flatnonzero(np.isin(values, texts))
         return places[np.unique(values[places], return_index=True)[1]]
 
-    rows, passages = [first(query_E, shared("queries"))], shared("passages")
+    rows = [first(query_E, stored_among(folder, "queries", wanted)[0])]
+    passages, _ = stored_among(folder, "passages", wanted)
     for side in sides:
         rows.append(np.searchsorted(side.offsets, first(side.values, passages), "right") - 1)
     return np.concatenate(rows)
+
+
+def stored_among(folder: Path, name: str, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(numbers, hashes) of the training texts, name queries or passages, whose hash is wanted."""
+    hash_T = np.load(folder / f"{name}.hash.npy", mmap_mode="r")
+    found = [np.zeros(0, np.int64)]
+    for low in range(0, len(hash_T), HASH_BLOCK):
+        found.append(low + np.flatnonzero(np.isin(hash_T[low : low + HASH_BLOCK], wanted)))
+    numbers = np.concatenate(found)
+    return numbers, hash_T[numbers]
 
 
 def text_counts(folder: Path) -> dict[str, int]:

@@ -64,17 +64,23 @@ def data_facts(report: Mapping[str, Any]) -> dict[str, str]:
         of = "" if len(report["data_sets"]) == 1 else f" of {name}"
         split = {k: v for k, v in one["split"].items() if k in ("method", "seed", "own")}
         facts[f"splits{of}"] = ", ".join(f"{key} {value}" for key, value in split.items())
-        shared = [
-            f"{pair}: " + ", ".join(f"{n:,} {kind}" for kind, n in counts.items())
-            for pair, counts in shared_texts(one["leakage"]).items()
-        ]
-        facts[f"texts shared by splits{of}"] = "; ".join(shared) or "none found"
+        facts[f"texts shared by splits{of}"] = _shared(one["leakage"])
         if note := sample_note(one["leakage"]):
             facts[f"texts shared by splits{of}"] += f" ({note})"
         if one["bad_rows"]["count"]:
             bad = one["bad_rows"]
             facts[f"bad rows{of}"] = f"{bad['count']:,} left out, listed in {bad['file']}"
+    if "leakage_between_sets" in report:
+        facts["texts shared by data sets"] = _shared(report["leakage_between_sets"])
     return facts
+
+
+def _shared(leakage: Mapping[str, Any]) -> str:
+    pairs = [
+        f"{pair}: " + ", ".join(f"{n:,} {kind}" for kind, n in counts.items())
+        for pair, counts in shared_texts(leakage).items()
+    ]
+    return "; ".join(pairs) or "none found"
 
 
 def unjudged(c: TrainConfig, run_dir: Path) -> str:

@@ -468,6 +468,42 @@ def test_sets_that_would_share_a_name_are_refused(tmp_path):
         open_some(tmp_path, sets=sources)
 
 
+@pytest.mark.parametrize("task", ["retrieval", "rerank"])
+def test_what_one_set_trains_on_and_another_judges_is_reported(tmp_path, task, caplog):
+    """Each set's own report is clean, and the test set of one is learnt by heart from the other."""
+    rows = [{"query": f"q{i}", "positive": f"p{i}", "negative": f"n{i}"} for i in range(60)]
+    write_rows(tmp_path / "all.jsonl", rows)
+    part = tmp_path / "part"
+    write_rows(part / "train.jsonl", pairs(20, "a"))
+    write_rows(part / "dev.jsonl", pairs(20, "b"))
+    own = [  # 5 rows of all.jsonl, 3 whose answer is there (one as a negative), 1 whose query is
+        *rows[:5], {"query": "c", "positive": "p10"}, {"query": "d", "positive": "n11"},
+        {"query": "e", "positive": " p10"}, {"query": "q15 ", "positive": "f"},
+    ]  # fmt: skip
+    write_rows(part / "test.jsonl", own)
+    sets = {"a": SourceConfig(root=str(tmp_path / "all.jsonl")), "b": SourceConfig(root=str(part))}
+    c = {"dev_fraction": 0.0, "test_fraction": 0.0, "cache_dir": str(tmp_path / "cache")}
+    found = reading.read_sets(DataConfig(sets=sets, **c), groups=task == "rerank")
+    assert found.shared is not None
+    shared = found.shared["pairs"]
+    assert list(shared) == ["train of a/dev of b", "train of a/test of b"]
+    leaks = shared["train of a/test of b"]
+    assert (leaks["exact_queries"], leaks["exact_passages"]) == (6, 7)
+    texts = {e["text"].strip() for e in leaks["examples"]}
+    assert texts <= {f"{x}{i}" for x in "qp" for i in range(60)} | {"n11"} and len(texts) == 10
+    assert shared["train of a/dev of b"] == {
+        "exact_queries": 0, "exact_passages": 0, "examples": []
+    }  # fmt: skip
+    warned = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    line = "data.sets: train of a and test of b share 6 exact queries, 7 exact passages"
+    assert any(w.startswith(line) for w in warned)
+    report = found.report_of(SimpleNamespace(num_examples=80))
+    fact = data_facts(report)["texts shared by data sets"]
+    assert fact == "train of a and test of b: 6 exact queries, 7 exact passages"
+    alone = reading.read_sets(DataConfig(root=str(part), **c), groups=task == "rerank")
+    assert "leakage_between_sets" not in alone.report_of(SimpleNamespace(num_examples=20))
+
+
 # -- the cache ----------------------------------------------------------------------------------
 
 
