@@ -869,6 +869,9 @@ class EvaluateConfig:
     bm25: bool = True
     top_k: int = 100
     seed: int = 0  # of the bootstrap
+    # put before texts by retrievers whose folder names none, such as the hub's E5: "query: "
+    query_prompt: str | None = None
+    passage_prompt: str | None = None
     encode_precision: str = "auto"  # auto | fp32 | bf16, of the encoder
     batch_tokens: int = 0  # tokens encoded at once; 0: chosen by device
     device: str = "auto"

@@ -104,8 +104,12 @@ def search_by(
 
 
 def load_retriever(model: str, dims: Sequence[int], c: EvaluateConfig) -> Towers:
-    """Towers on c.device. Raises ValueError for a dim that is more than they have."""
+    """Towers on c.device, with c's prompts where the folder names none. Raises ValueError for a dim
+    that is more than they have."""
     towers = load_towers(model)
+    if not (towers.spec.query_prompt or towers.spec.passage_prompt):
+        towers.spec.query_prompt = c.query_prompt or ""
+        towers.spec.passage_prompt = c.passage_prompt or ""
     for dim in dims:
         if dim > towers.width:
             raise ValueError(

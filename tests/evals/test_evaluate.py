@@ -13,6 +13,7 @@ import evals.systems
 import evaluate
 from conf.schema import EvaluateConfig, SourceConfig
 from data.formats import read_retrieval_set
+from models.pretrained import load_towers
 
 ROOT = Path(__file__).parents[2]
 WORDS = "red green blue fish whale fox apple pear stone river mountain cloud".split()
@@ -178,6 +179,22 @@ def test_a_second_run_writes_the_same_bytes(beir, tiny_base, tmp_path):
         assert "dim 16" in done.stdout
         contents.append({p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()})
     assert contents[0] == contents[1] and len(contents[0]) == 4
+
+
+def test_prompts_are_for_folders_that_name_none(beir, tiny_base, tmp_path, monkeypatch):
+    """A base of the hub without the prompts that it was trained with is no fair baseline; a folder
+    that has prompts keeps its own."""
+    from evals import systems
+
+    given = {"query_prompt": "red ", "passage_prompt": "fox "}
+    found = evaluate.run(config(tiny_base, beir, **given))["metrics"]
+    plain = evaluate.run(config(tiny_base, beir))["metrics"]
+    assert found != plain
+    towers = load_towers(tiny_base)
+    towers.spec.query_prompt, towers.spec.passage_prompt = "red ", "fox "
+    monkeypatch.setattr(systems, "load_towers", lambda model: towers)
+    assert evaluate.run(config(tiny_base, beir))["metrics"] == found
+    assert evaluate.run(config(tiny_base, beir, query_prompt="blue "))["metrics"] == found
 
 
 def test_against_adds_paired_differences(beir, tiny_base, tmp_path, capsys):
