@@ -416,11 +416,8 @@ def rerank_tables(result: Mapping[str, Any]) -> str:
     parts = [
         f"\n{result['data']} ({result['split']}): {sizes(result)}\n{of['mean']:.1f} candidates a"
         f" query {by}; an answer is among them for {of['with_answer']:.1%} of the queries\n",
-        report.metrics_table(
-            metrics, names, intervals=result["ci95"],
-            interval_of=RERANK_NAMES,
-        ),
-    ]  # fmt: skip
+        report.metrics_table(metrics, names, intervals=result["ci95"], interval_of=RERANK_NAMES),
+    ]
     if result["delta"]:
         parts += [
             "",

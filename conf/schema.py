@@ -771,25 +771,22 @@ class TrainConfig:
             f"mine_every ({self.mine_every}) mines by a retriever's own embeddings; with"
             f" task={self.task} loss.kind={self.loss.kind} set it to 0",
         )
-        unread = [
-            key
-            for key in ("sources", "model", "run", "corpus", "reranker")
-            if getattr(self.mine, key) != getattr(MineConfig(), key)
+        changed = [
+            f.name
+            for f in fields(self.mine)
+            if getattr(self.mine, f.name) != getattr(MineConfig(), f.name)
         ]
+        of_prepare = ("sources", "model", "run", "corpus", "reranker")
+        unread = [key for key in changed if key in of_prepare]
         _require(
             not unread,
             f"mine.{unread[0] if unread else ''} is not read by train.py, where the model mines by"
             " itself among the training passages (mine_every); mine with prepare.py instead",
         )
-        unread = [
-            f.name
-            for f in fields(self.mine)
-            if getattr(self.mine, f.name) != getattr(MineConfig(), f.name)
-        ]
         _require(
-            not unread or self.mine_every != 0,
-            f"mine.{unread[0] if unread else ''} is not read without mine_every=<steps>: with 0, no"
-            " negatives are mined while the model is trained",
+            not changed or self.mine_every != 0,
+            f"mine.{changed[0] if changed else ''} is not read without mine_every=<steps>: with 0,"
+            " no negatives are mined while the model is trained",
         )
         for name, source in (self.data.sets or {"": self.data}).items():
             key = f"data.sets.{name}" if name else "data"

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 from tokenizers import Tokenizer
 
-from conf.schema import DataConfig, SourceConfig
+from conf.schema import DataConfig, ModelConfig, SourceConfig
 from data.batches import TrainSet, TrainStore
 from data.cache import Strings
 from data.formats import RetrievalSet
@@ -162,8 +162,8 @@ def adopt_prompts(spec: Any, c: DataConfig) -> None:
         spec.set_prompts = of_sets
 
 
-def prompts_of(source: SourceConfig, spec: Any) -> tuple[str, str]:
-    """(query, passage) prompt of a data set: its own, else the model's."""
+def prompts_of(source: SourceConfig | ModelConfig, spec: Any) -> tuple[str, str]:
+    """(query, passage) prompt of a data set, or of a run's settings: its own, else the model's."""
     return (
         spec.query_prompt if source.query_prompt is None else source.query_prompt,
         spec.passage_prompt if source.passage_prompt is None else source.passage_prompt,

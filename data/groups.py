@@ -25,7 +25,7 @@ from data.datasets import (
     token_stores,
     train_set,
 )
-from data.pairs import MIN_PASSAGE, PairTemplate, tokenise_plain
+from data.pairs import PairTemplate, tokenise_plain
 from data.reading import read_sets
 from data.records import RerankSet
 
@@ -274,23 +274,6 @@ def _filled(stage: StageConfig, last: tuple) -> tuple:
     return most, random, min(length, last[2])
 
 
-def _check_room(
-    c: DataConfig, spec: Spec, template: PairTemplate, prompts: Sequence[np.ndarray]
-) -> None:
-    """Raise ValueError, before any work, for a length that prompts and special tokens fill."""
-    num_fixed = template.num_special + sum(map(len, prompts))
-    lengths = {"model.max_pair_length": spec.max_length}
-    lengths["data.max_train_length"] = c.max_train_length
-    for i, stage in enumerate(c.curriculum):
-        lengths[f"data.curriculum[{i}].max_train_length"] = stage.max_train_length
-    for key, length in lengths.items():
-        if length is not None and num_fixed + MIN_PASSAGE >= length:
-            raise ValueError(
-                f"{key} ({length}) must be > {num_fixed + MIN_PASSAGE}: prompts and special tokens"
-                f" take {num_fixed} tokens of a pair, and a passage needs {MIN_PASSAGE}"
-            )
-
-
 @dataclass
 class GroupData:
     """What a run trains a reranker on and judges it by; as data.datasets.Data."""
@@ -326,10 +309,13 @@ def open_groups(
     found = read_sets(c, groups=True)
     template = PairTemplate.of(tokenizer)
     max_length = min(spec.max_length, c.max_train_length or spec.max_length)
+    lengths = {"model.max_pair_length": spec.max_length, "data.max_train_length": max_length}
+    for i, stage in enumerate(c.curriculum):
+        lengths[f"data.curriculum[{i}].max_train_length"] = stage.max_train_length or max_length
     sets = []
     for one in found.sets:
         prompts = prompts_of(one.source, spec)
-        _check_room(c, spec, template, tokenise_plain(tokenizer, prompts))
+        template.check_room(tokenise_plain(tokenizer, prompts), lengths)
         stores = token_stores(
             one, c, prompts, (tokenizer, tokenizer), (max_length, max_length),
             vocab_size=vocab_size, tokenise_with=tokenise_plain,

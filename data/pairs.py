@@ -8,7 +8,7 @@ Shapes: T tokens of a pair, S pairs.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -72,6 +72,21 @@ class PairTemplate:
     @property
     def num_special(self) -> int:
         return len(self.front) + len(self.middle) + len(self.back)
+
+    def check_room(self, prompts: Sequence[np.ndarray], lengths: Mapping[str, int]) -> None:
+        """Raise ValueError for a length of a pair that prompts and special tokens fill.
+
+        prompts  ids of the query's and the passage's
+        lengths  setting -> its tokens of a pair
+        """
+        num_fixed = self.num_special + sum(map(len, prompts))
+        for setting, length in lengths.items():
+            if num_fixed + MIN_PASSAGE >= length:
+                raise ValueError(
+                    f"{setting} ({length}) must be > {num_fixed + MIN_PASSAGE}: prompts and special"
+                    f" tokens take {num_fixed} tokens of a pair, and a passage needs {MIN_PASSAGE};"
+                    " raise it or shorten model.query_prompt or model.passage_prompt"
+                )
 
     def join(self, query_ids: np.ndarray, passage_ids: np.ndarray, max_length: int) -> Pair:
         """Ids and types of one pair, int32 (T,) each, T <= max_length.

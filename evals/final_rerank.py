@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from conf.schema import ModelConfig, TrainConfig
+from data.datasets import prompts_of
 from data.groups import GroupData
 from data.records import RerankSet
 from evals import figures, report
@@ -32,8 +33,8 @@ from evals.rerank import (
     candidate_logits,
     evaluate_candidates,
     random_scores,
-    reranker_scores,
     retriever_scores,
+    scores_of,
 )
 from evals.significance import bootstrap_ci95
 from models.export_reranker import export_reranker
@@ -121,7 +122,7 @@ def write_result(
         name: _judged(one, _scores(reranker, data, one, precision, "tuned"))
         for name, one in data.test.items()
     }
-    dev_scores = {n: _scores(reranker, data, one, precision) for n, one in data.dev.items()}
+    dev_logits = {n: _logits(reranker, data, one, precision) for n, one in data.dev.items()}
     systems = {
         name: _baselines(c, data, one, precision, _device(reranker))
         | ({"base": base[name]} if name in base else {})
@@ -133,12 +134,12 @@ def write_result(
     for one in sets.values():
         check_spread(one["spread"], is_chance=not _beats(one["delta_of"]["random"]), c=c)
     if not sets:
-        _check_spread_of_training(c, run_dir, data, dev_scores)
+        _check_spread_of_training(c, run_dir, reranker, data, dev_logits)
     result: dict = {"name": c.name, "task": c.task, "seed": c.seed}
     result |= sets[first] if first else {"metrics": {}, "delta": {}}
     result |= {"test_set": first, "other_sets": {n: s for n, s in sets.items() if n != first}}
     result |= costs(run_dir, totals) | {"data": data.report}
-    result["calibration"] = _calibrate(reranker, data, dev_scores, precision)
+    result["calibration"] = _calibrate(reranker, data, dev_logits)
 
     export_reranker(reranker, run_dir / "export", card_of(c, result))
     examples = ""
@@ -179,9 +180,16 @@ def write_result(
 def _scores(
     reranker: Reranker, data: GroupData, one: RerankSet, precision: str, progress: str = ""
 ) -> Scores:
+    logit_PL = _logits(reranker, data, one, precision, progress)
+    return scores_of(reranker, one.candidates, logit_PL)
+
+
+def _logits(
+    reranker: Reranker, data: GroupData, one: RerankSet, precision: str, progress: str = ""
+) -> np.ndarray:
     with_candidates(one)
     prompts = data.prompts.get(one.name, (None, None))
-    return reranker_scores(
+    return candidate_logits(
         reranker, one, one.candidates, precision=precision, progress=progress, prompts=prompts
     )
 
@@ -215,9 +223,12 @@ def _judged(one: RerankSet, scores: Scores) -> dict:
 
 def _pairs(one: RerankSet, scores: Scores) -> tuple[np.ndarray, np.ndarray]:
     """(score, grade) of every candidate of every query, end to end."""
-    score_P = np.concatenate([np.zeros(0, np.float32), *scores.values()])
-    grades = [one.qrels.get(q, {}).get(d, 0) for q in scores for d in one.candidates[q]]
-    return score_P, np.array(grades, np.float64)
+    return np.concatenate([np.zeros(0, np.float32), *scores.values()]), _grades(one)
+
+
+def _grades(one: RerankSet) -> np.ndarray:
+    grades = [one.qrels.get(q, {}).get(d, 0) for q, ids in one.candidates.items() for d in ids]
+    return np.array(grades, np.float64)
 
 
 def spread_of(scores: Scores) -> float | None:
@@ -246,13 +257,18 @@ def check_spread(spread: Mapping[str, float | None], *, is_chance: bool, c: Trai
 
 
 def _check_spread_of_training(
-    c: TrainConfig, run_dir: Path, data: GroupData, dev_scores: Mapping[str, Scores]
+    c: TrainConfig,
+    run_dir: Path,
+    reranker: Reranker,
+    data: GroupData,
+    dev_logits: Mapping[str, np.ndarray],
 ) -> None:
     """check_spread of a run without a test set: by dev, against the spread of the first training
     steps; without dev as well, by that of the last ones."""
     spreads = [row["spread"] for row in read_rows(run_dir / "metrics.jsonl") if "spread" in row]
-    for name, scores in dev_scores.items():
+    for name, logit_PL in dev_logits.items():
         one = data.dev[name]
+        scores = scores_of(reranker, one.candidates, logit_PL)
         chance, tuned = (_judged(one, s) for s in (random_scores(one.candidates, c.seed), scores))
         gain = report.compare_values(
             chance["query_ids"], chance["per_query"], tuned["query_ids"], tuned["per_query"],
@@ -260,7 +276,7 @@ def _check_spread_of_training(
         )  # fmt: skip
         spread = {"tuned": tuned["spread"], "base": spreads[0] if spreads else None}
         check_spread(spread, is_chance=not _beats(gain), c=c)
-    if not dev_scores and spreads:
+    if not dev_logits and spreads:
         check_spread({"tuned": spreads[-1]}, is_chance=False, c=c)
 
 
@@ -293,9 +309,8 @@ def _base_as_retriever(c: ModelConfig) -> Towers:
     """The encoder that the run started from, whole and untuned, with the run's prompts."""
     own = ModelConfig(base=c.base, revision=c.revision, adapter=c.adapter)
     towers = load_towers(c.base, own)
-    for key in ("query_prompt", "passage_prompt"):
-        if (prompt := getattr(c, key)) is not None:
-            setattr(towers.spec, key, prompt)
+    spec = towers.spec
+    spec.query_prompt, spec.passage_prompt = prompts_of(c, spec)
     return towers
 
 
@@ -328,73 +343,47 @@ def _set_result(systems: Mapping[str, dict], one: RerankSet, seed: int) -> dict:
 
 
 def _calibrate(
-    reranker: Reranker, data: GroupData, scores: Mapping[str, Scores], precision: str
+    reranker: Reranker, data: GroupData, logits: Mapping[str, np.ndarray]
 ) -> dict | None:
     """Fit temperature and bias on all dev pairs and set them in the reranker's spec, for export;
     of several labels the temperature alone. None without a dev set.
+
+    logits  dev set -> (P, L) of its candidates
     """
-    if not data.dev:
+    if not logits:
         log.info("not calibrated: no dev set")
         return None
-    if reranker.spec.num_labels > 1:
-        return _calibrate_labels(reranker, data, precision)
-    parts = [_pairs(one, scores[name]) for name, one in data.dev.items()]
-    logit_P, grade_P = (np.concatenate(x) for x in zip(*parts, strict=True))
-    temperature, bias = fit_calibration(logit_P, grade_P)
-    found = {
-        "temperature": temperature,
-        "bias": bias,
-        "ece_before": calibration_error(logit_P, grade_P),
-        "ece_after": calibration_error(logit_P, grade_P, temperature, bias),
-        "pairs": len(logit_P),
-    }
+    spec = reranker.spec
+    logit_PL = np.concatenate(list(logits.values()))
+    grade_P = np.concatenate([_grades(data.dev[name]) for name in logits])
+    if spec.num_labels == 1:
+        what, logit_P = "sigmoid", logit_PL[:, 0]
+        spec.temperature, spec.bias = fit_calibration(logit_P, grade_P)
+        before = calibration_error(logit_P, grade_P)
+        after = calibration_error(logit_P, grade_P, spec.temperature, spec.bias)
+    else:
+        what, label_P = "softmax", grade_P.clip(0, spec.num_labels - 1)
+        spec.temperature = fit_temperature(logit_PL, label_P)
+        before = label_calibration_error(logit_PL, label_P)
+        after = label_calibration_error(logit_PL, label_P, spec.temperature)
     log.info(
-        "calibration on %d dev pairs: temperature %.3g, bias %.3g, expected calibration error"
-        " %.3f -> %.3f",
-        len(logit_P), temperature, bias, found["ece_before"], found["ece_after"],
+        "calibration on %d dev pairs: temperature %.3g, bias %.3g, expected calibration error of"
+        " the %s %.3f -> %.3f",
+        len(grade_P), spec.temperature, spec.bias, what, before, after,
     )  # fmt: skip
-    _warn_at_bounds(temperature, "sigmoid")
-    reranker.spec.temperature, reranker.spec.bias = temperature, bias
-    return found
-
-
-def _calibrate_labels(reranker: Reranker, data: GroupData, precision: str) -> dict:
-    logits, labels = [], []
-    for name, one in data.dev.items():
-        logit_PL = candidate_logits(
-            reranker, one, one.candidates, precision=precision,
-            prompts=data.prompts.get(name, (None, None)),
-        )  # fmt: skip
-        logits.append(logit_PL)
-        labels += [one.qrels.get(q, {}).get(d, 0) for q, ids in one.candidates.items() for d in ids]
-    logit_PL = np.concatenate(logits)
-    label_P = np.clip(np.array(labels, np.int64), 0, reranker.spec.num_labels - 1)
-    temperature = fit_temperature(logit_PL, label_P)
-    found = {
-        "temperature": temperature,
-        "bias": 0.0,
-        "ece_before": label_calibration_error(logit_PL, label_P),
-        "ece_after": label_calibration_error(logit_PL, label_P, temperature),
-        "pairs": len(label_P),
-    }
-    log.info(
-        "calibration of %d labels on %d dev pairs: temperature %.3g, expected calibration error"
-        " %.3f -> %.3f",
-        reranker.spec.num_labels, len(label_P), temperature, found["ece_before"],
-        found["ece_after"],
-    )  # fmt: skip
-    _warn_at_bounds(temperature, "softmax")
-    reranker.spec.temperature = temperature
-    return found
-
-
-def _warn_at_bounds(temperature: float, what: str) -> None:
-    if not MIN_TEMPERATURE * 1.01 < temperature < MAX_TEMPERATURE / 1.01:
+    if not MIN_TEMPERATURE * 1.01 < spec.temperature < MAX_TEMPERATURE / 1.01:
         log.warning(
             "the temperature is at its bound: the %s of these logits is no probability; use the"
             " scores to rank",
             what,
         )
+    return {
+        "temperature": spec.temperature,
+        "bias": spec.bias,
+        "ece_before": before,
+        "ece_after": after,
+        "pairs": len(grade_P),
+    }
 
 
 def _device(reranker: Reranker) -> torch.device:

@@ -33,8 +33,15 @@ MIN_HITS = 10  # columns of Hits, so that metrics@10 are to be had of shorter li
 NUM_WARM_UP = 2  # queries before the latency is taken
 
 
+def score_pairs(reranker: Reranker, *texts_and_pairs, **options) -> np.ndarray:
+    """Ranking score of each pair, (P,) float32: the logit, or the expected label of several.
+    Arguments as of pair_logits."""
+    logit_PL = pair_logits(reranker, *texts_and_pairs, **options)
+    return reranker.score(torch.from_numpy(logit_PL)).numpy()
+
+
 @torch.no_grad()
-def score_pairs(
+def pair_logits(
     reranker: Reranker,
     queries: Sequence[str],
     passages: Sequence[str],
@@ -44,10 +51,8 @@ def score_pairs(
     batch_tokens: int = 0,
     progress: str = "",
     prompts: Prompts = (None, None),
-    logits: bool = False,
 ) -> np.ndarray:
-    """Ranking score of each pair, (P,) float32: the logit, or the expected label of several; with
-    `logits` those of all labels, (P, L).
+    """Logits of each pair, (P, L) float32.
 
     pairs         (P, 2) numbers of a query and of a passage
     precision     auto (bf16 where the hardware has it) | fp32 | bf16
@@ -60,7 +65,7 @@ def score_pairs(
     """
     pairs_P2 = np.asarray(pairs, np.int64).reshape(-1, 2)
     if not len(pairs_P2):
-        return np.zeros((0, reranker.width) if logits else 0, np.float32)
+        return np.zeros((0, reranker.width), np.float32)
     spec, tokenizer = reranker.spec, reranker.tokenizer
     query_texts, query_P = _sorted_texts(queries, pairs_P2[:, 0])
     passage_texts, passage_P = _sorted_texts(passages, pairs_P2[:, 1])
@@ -79,8 +84,7 @@ def score_pairs(
     autocast = autocast_for(precision, device)
     was_training = reranker.training
     reranker.eval()
-    score_U = np.empty((len(key_U), reranker.width) if logits else len(key_U), np.float32)
-    outputs = reranker if logits else reranker.score
+    logit_UL = np.empty((len(key_U), reranker.width), np.float32)
     with (
         tqdm(
             total=len(key_U), desc=progress, unit="pair", disable=not progress, leave=False
@@ -94,16 +98,17 @@ def score_pairs(
                               spec.max_length)
                 for u in rows
             ]  # fmt: skip
-            score_U[rows] = outputs(pack_pairs(joined, device)).float().cpu().numpy()
+            logit_UL[rows] = reranker(pack_pairs(joined, device)).float().cpu().numpy()
             bar.update(len(rows))
     reranker.train(was_training)
-    if not np.isfinite(score_U).all():
-        bad = int(np.argwhere(~np.isfinite(score_U))[0, 0])
+    if not np.isfinite(logit_UL).all():
+        bad, label = np.argwhere(~np.isfinite(logit_UL))[0].tolist()
         raise ValueError(
             f"the reranker's score of query {query_texts[query_U[bad]][:60]!r} is"
-            f" {score_U[bad]}; its weights are broken, or precision={precision} is too narrow"
+            f" {logit_UL[bad, label]}; its weights are broken, or precision={precision} is too"
+            " narrow"
         )
-    return score_U[from_P.reshape(-1)]
+    return logit_UL[from_P.reshape(-1)]
 
 
 def _sorted_texts(texts: Sequence[str], number_P: np.ndarray) -> tuple[list[str], np.ndarray]:
@@ -122,11 +127,7 @@ def reranker_scores(
     reranker: Reranker, data: RetrievalSet, candidates: Candidates, **options
 ) -> Scores:
     """The cross-encoder's scores of every query's candidates; options as in score_pairs."""
-    query_P, doc_P, ends = _numbered(data, candidates)
-    score_P = score_pairs(
-        reranker, data.query_texts, data.doc_texts, np.stack([query_P, doc_P], axis=1), **options
-    )
-    return dict(zip(candidates, np.split(score_P, ends[:-1]), strict=True))
+    return scores_of(reranker, candidates, candidate_logits(reranker, data, candidates, **options))
 
 
 def candidate_logits(
@@ -136,8 +137,14 @@ def candidate_logits(
     score_pairs."""
     query_P, doc_P, _ = _numbered(data, candidates)
     pairs_P2 = np.stack([query_P, doc_P], axis=1)
-    texts = data.query_texts, data.doc_texts
-    return score_pairs(reranker, *texts, pairs_P2, logits=True, **options)
+    return pair_logits(reranker, data.query_texts, data.doc_texts, pairs_P2, **options)
+
+
+def scores_of(reranker: Reranker, candidates: Candidates, logit_PL: np.ndarray) -> Scores:
+    """Ranking scores from the logits of candidate_logits."""
+    score_P = reranker.score(torch.from_numpy(logit_PL)).numpy()
+    ends = np.cumsum([len(ids) for ids in candidates.values()])
+    return dict(zip(candidates, np.split(score_P, ends[:-1]), strict=True))
 
 
 def retriever_scores(

@@ -42,8 +42,7 @@ def check_ids(of: Hits | RetrievalSet) -> None:
 
 def read_run(path: Path, data: RetrievalSet, k: int) -> Hits:
     """The k best documents of each query of `data` by a run file, in the total order: score as
-    float32, then id; the rank column is not read, as trec_eval does not read it. Where ids are
-    shared, a document whose id is the query's own is dropped, as in every other search.
+    float32, then id; the rank column is not read, as trec_eval does not read it.
 
     Raises ValueError as read_run_scores does.
     """
@@ -51,10 +50,6 @@ def read_run(path: Path, data: RetrievalSet, k: int) -> Hits:
     place_N = np.argsort(descending_ids(data.doc_ids))
     scores_QK = np.full((len(found), k), -np.inf, np.float32)
     docs_QK = np.full((len(found), k), -1, np.int64)
-    number_of = {d: n for n, d in enumerate(data.doc_ids)} if data.shares_ids else {}
-    num_own = sum(of.pop(number_of.get(q), None) is not None for q, of in found.items())
-    if num_own:
-        log.info("%s: %d queries list themselves, which is left out", path, num_own)
     for row, of in enumerate(found.values()):
         doc_n, score_n = np.array(list(of), np.int64), np.array(list(of.values()), np.float32)
         best_K = np.lexsort((place_N[doc_n], -score_n))[:k]
@@ -66,7 +61,8 @@ def read_run_scores(path: Path, data: RetrievalSet) -> dict[str, dict[int, float
     """Query id -> number of each document that a run file lists -> its score, for all of `data`.
 
     Queries that `data` does not have are left out and counted in the log, and so are queries of
-    `data` without a line: they have no hits.
+    `data` without a line: they have no hits. Where ids are shared, a document whose id is the
+    query's own is left out, as in every other search.
     Raises ValueError, naming the line, for a line of another form, a score that is no finite
     number, a document that `data` does not have or that a query lists twice; and where no query is
     known.
@@ -86,6 +82,8 @@ def read_run_scores(path: Path, data: RetrievalSet) -> dict[str, dict[int, float
                         f" tag, found {len(fields)} fields: {short(line.strip())}"
                     )
                 query_id, _, doc_id, _, score, _ = fields
+                if data.shares_ids and doc_id == query_id:
+                    continue
                 if query_id not in found:
                     unknown[query_id] = None
                     continue

@@ -9,7 +9,7 @@ tie-break everywhere: a stable sort keeps it within a block, a stable merge betw
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -92,7 +92,7 @@ class StoredDocs:
         dim: int,
         precision: str,
         block: int,
-        ids: Sequence[str] | None = None,
+        ids: Sequence[str],
     ) -> None:
         self.ids = ids  # in the order of p_ND, to name a broken vector
         self.p_ND, self.dim, self.precision, self.block = p_ND, dim, precision, block
@@ -113,10 +113,7 @@ class StoredDocs:
             rows_M = self.order_N[low : low + self.block]
             found_MD = self.p_ND[rows_M].float()
             # here, not on decoded codes: those hide it, and one NaN is in every scale of int8
-            rows = rows_M.tolist()
-            _reject_nonfinite(
-                found_MD, "document", [self.ids[n] for n in rows] if self.ids else rows
-            )
+            _reject_nonfinite(found_MD, "document", lambda row, of=rows_M: self.ids[int(of[row])])
             yield low, truncate(found_MD, self.dim)
 
     def _code(self, x_MD: Tensor) -> Tensor:
@@ -201,11 +198,11 @@ def _as_tensor(x: np.ndarray | Tensor, what: str, rows: int) -> Tensor:
     return x
 
 
-def _reject_nonfinite(x_MD: Tensor, what: str, ids: Sequence[str]) -> None:
+def _reject_nonfinite(x_MD: Tensor, what: str, id_of: Callable[[int], str]) -> None:
     bad = (~torch.isfinite(x_MD).all(dim=1)).nonzero()[:, 0]
     if len(bad):
         raise ValueError(
-            f"search: the embedding of {what} {ids[int(bad[0])]!r} holds NaN or infinity"
+            f"search: the embedding of {what} {id_of(int(bad[0]))!r} holds NaN or infinity"
             f" ({len(bad)} such {what}s in this block); the model's weights or the text are broken"
         )
 
@@ -273,15 +270,14 @@ def search(
         stored = StoredDocs(p_ND, order_N, dim, precision, block, doc_ids)
         for doc_low, found_MD in stored.blocks():
             size = len(found_MD)
-            ids = [doc_ids[n] for n in order_N[doc_low : doc_low + size].tolist()]
-            _reject_nonfinite(found_MD, "document", ids)
             docs_MD = torch.zeros((block, dim), device=device)
             docs_MD[:size] = found_MD.to(device)
             for low in range(0, num_queries, query_block):
                 high = min(low + query_block, num_queries)
                 asked_BD = torch.zeros((query_block, width), device=device)
                 asked_BD[: high - low] = q_QD[low:high].to(device).float()
-                _reject_nonfinite(asked_BD[: high - low], "query", query_ids[low:high])
+                ids = query_ids[low:high]
+                _reject_nonfinite(asked_BD[: high - low], "query", ids.__getitem__)
                 scores_BM = (truncate(asked_BD, dim) @ docs_MD.T)[: high - low, :size]
                 for row in range(low, high):
                     if doc_low <= own_place_Q[row] < doc_low + size:

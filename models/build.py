@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from conf.schema import ModelConfig
-from data.pairs import MIN_PASSAGE, PairTemplate, tokenise_plain
+from data.pairs import PairTemplate, tokenise_plain
 from data.tokens import tokenise
 from models.pretrained import load_towers, max_positions
 from models.reranker import Reranker, load_reranker
@@ -81,13 +81,8 @@ def build_reranker(c: ModelConfig) -> Reranker:
             )
         spec.max_length = c.max_pair_length
     prompts = tokenise_plain(reranker.tokenizer, [spec.query_prompt, spec.passage_prompt])
-    num_fixed = PairTemplate.of(reranker.tokenizer).num_special + sum(map(len, prompts))
-    if num_fixed + MIN_PASSAGE >= spec.max_length:
-        raise ValueError(
-            f"prompts and special tokens take {num_fixed} of the {spec.max_length} tokens of a"
-            " pair; shorten model.query_prompt or model.passage_prompt, or raise"
-            " model.max_pair_length"
-        )
+    lengths = {"model.max_pair_length": spec.max_length}
+    PairTemplate.of(reranker.tokenizer).check_room(prompts, lengths)
     _freeze(reranker, c.freeze)
     _log_size(reranker, c.base, f"cross-encoder, {spec.head} head on {spec.pooling}")
     return reranker.train()

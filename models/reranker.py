@@ -166,9 +166,8 @@ class Reranker(nn.Module):
         with torch.autocast(x_SC.device.type, enabled=False):  # a few rows: precision costs nothing
             return self.head(x_SC)
 
-    def score(self, packed: Packed) -> Tensor:
+    def score(self, logits_SL: Tensor) -> Tensor:
         """(S,) what pairs are ranked by: the logit, or the expected label of several."""
-        logits_SL = self(packed)
         if self.width == 1:
             return logits_SL[:, 0]
         label_L = torch.arange(self.width, dtype=logits_SL.dtype, device=logits_SL.device)

@@ -310,7 +310,7 @@ def test_a_cross_encoder_vetoes_and_its_scores_are_a_teachers(config, reranker, 
         q, p = (tokenise_plain(model.tokenizer, [t], "", 64)[0] for t in (query, passage))
         with torch.no_grad():
             packed = pack_pairs([template.join(q, p, model.spec.max_length)], torch.device("cpu"))
-            return float(model.score(packed))
+            return float(model.score(model(packed)))
 
     rows = [json.loads(line) for line in pairs.read_text().splitlines()]
     texts = [row["positive"] for row in rows]

@@ -73,7 +73,7 @@ def test_a_score_is_that_of_the_pair_alone(reranker):
         q_ids, p_ids = tokenise_plain(reranker.tokenizer, [QUERIES[q], PASSAGES[p]])
         pair = template.join(q_ids, p_ids, reranker.spec.max_length)
         with torch.no_grad():
-            alone = reranker.score(pack_pairs([pair])).item()
+            alone = reranker.score(reranker(pack_pairs([pair]))).item()
         assert score == pytest.approx(alone, abs=1e-5)  # fp32: sums in another order
     assert found_P.std() > 0.01 and found_P.dtype == np.float32
 

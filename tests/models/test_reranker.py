@@ -336,7 +336,7 @@ def test_score_is_the_logit_or_the_expected_label(tmp_path):
         reranker = load_reranker(one).eval()
         packed = packed_pairs(reranker)
         logits_SL = reranker(packed)
-        assert torch.equal(reranker.score(packed), logits_SL[:, 0])
+        assert torch.equal(reranker.score(reranker(packed)), logits_SL[:, 0])
         reranker.spec.temperature = 2.0
         want = 1 / (1 + np.exp(-logits_SL.double().numpy() / 2))
         np.testing.assert_allclose(reranker.probability(logits_SL), want, rtol=1e-5)
@@ -345,7 +345,7 @@ def test_score_is_the_logit_or_the_expected_label(tmp_path):
         logits = reranker(packed).double().numpy()
         odds = np.exp(logits)
         want = (odds * [0, 1, 2]).sum(1) / odds.sum(1)
-        np.testing.assert_allclose(reranker.score(packed), want, rtol=1e-5)
+        np.testing.assert_allclose(reranker.score(reranker(packed)), want, rtol=1e-5)
 
 
 def test_logits_are_float32_under_autocast_and_float64_for_float64_weights(tmp_path):
@@ -389,7 +389,10 @@ def test_settings_reach_the_model_and_unfit_ones_are_errors_that_name_them(tmp_p
     check("model.freeze=query_tower needs", freeze=["query_tower"])
     check(r"model\.freeze=layers:4: .* has 3 layers", freeze=["layers:4"])
     check(r"model\.num_layers \(4\) must be <= 3", num_layers=4)
-    check("prompts and special tokens take 33 of the 48", query_prompt="a the of " * 10)
+    check(
+        r"\(48\) must be > 49: prompts and special tokens take 33 tokens",
+        query_prompt="a the of " * 10,
+    )
 
 
 def test_a_retrievers_prompts_are_not_taken_over(tmp_path):
