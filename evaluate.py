@@ -412,11 +412,12 @@ def rerank_tables(result: Mapping[str, Any]) -> str:
     is_whole = result["first_stage"] in (None, "data")
     by = "of the data" if is_whole else f"by {reference}, the first {result['rerank_k']} reranked"
     names = RERANK_NAMES if is_whole else report.SHOWN_METRICS
+    with_interval = RERANK_NAMES if is_whole else ("mrr@10", "map@100", "ndcg@10")
     compared = report.RERANK_COMPARED if is_whole else COMPARED
     parts = [
         f"\n{result['data']} ({result['split']}): {sizes(result)}\n{of['mean']:.1f} candidates a"
         f" query {by}; an answer is among them for {of['with_answer']:.1%} of the queries\n",
-        report.metrics_table(metrics, names, intervals=result["ci95"], interval_of=RERANK_NAMES),
+        report.metrics_table(metrics, names, intervals=result["ci95"], interval_of=with_interval),
     ]
     if result["delta"]:
         parts += [

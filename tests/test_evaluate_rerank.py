@@ -122,6 +122,7 @@ def test_a_first_stage_is_reranked_before_and_after_in_one_table(beir, reranker,
     printed = capsys.readouterr().out
     for text in ("by bm25, the first 12 reranked", "BM25", "cross nDCG@10", "ms a query (median"):
         assert text in printed
+    assert printed.count("[95% interval]") == 4  # MRR, nDCG, MAP; the differences
 
 
 def test_a_run_file_as_first_stage_gives_what_its_model_gave(beir, reranker, tiny_base, tmp_path):
