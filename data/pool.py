@@ -13,7 +13,7 @@ from conf.schema import PrepareConfig, SourceConfig
 from data.beir import is_corpus, part, read_answers, read_beir, read_corpus, read_queries
 from data.formats import content_hash, detect, resolve_split
 from data.records import Example, RetrievalSet
-from data.rows import in_our_words, read_corpus_rows, read_source
+from data.rows import in_our_words, is_the_data, read_corpus_rows, read_source
 
 
 class Texts:
@@ -204,7 +204,8 @@ def _add_corpus(pool: Pool, c: PrepareConfig, source: Path) -> None:
 def _add_known(pool: Pool, c: PrepareConfig, data: Path) -> None:
     """What the data themselves say, whatever the stages kept of them."""
     if detect(data) == "beir":
-        _know_beir(pool, data, read_corpus(data))
+        if c.mine.corpus is None or not is_the_data(c, Path(c.mine.corpus).expanduser()):
+            _know_beir(pool, data, read_corpus(data))  # else known with its passages
         return
     for e in read_source(c, data):
         pool.know(e.query, e.positives)

@@ -60,7 +60,7 @@ def read_source(c: PrepareConfig, source: Path, *, groups: bool = False) -> list
     groups  as data.formats.read_groups has them, rows of ids included
     Raises ValueError for anything wrong with them, by the names of prepare.py's settings.
     """
-    is_data = _is_data(c, source)
+    is_data = is_the_data(c, source)
     texts = c.score.texts if is_data and groups else None
     spec = SourceConfig(root=str(source), columns=c.columns if is_data else {}, texts=texts)
     read = read_groups if groups else read_examples
@@ -84,7 +84,7 @@ def read_corpus_rows(c: PrepareConfig, path: Path) -> list[Example]:
 
     Raises ValueError for anything wrong with them, by the names of prepare.py's settings.
     """
-    if _is_data(c, path):
+    if is_the_data(c, path):
         return read_source(c, path)
     spec = SourceConfig(root=str(path))
     try:
@@ -96,7 +96,7 @@ def read_corpus_rows(c: PrepareConfig, path: Path) -> list[Example]:
         raise ValueError(message) from None
 
 
-def _is_data(c: PrepareConfig, path: Path) -> bool:
+def is_the_data(c: PrepareConfig, path: Path) -> bool:
     return path.resolve() == Path(c.data).expanduser().resolve()
 
 
